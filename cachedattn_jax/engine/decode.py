@@ -1,0 +1,116 @@
+"""The decode of a batch: one program a step, tokens stay on the device.
+
+Knows rows, seats and batch sizes. Does not know sessions or when a reply ends.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cachedattn_jax.model.config import LlamaConfig
+from cachedattn_jax.model.llama import LlamaParams
+
+from cachedattn_jax.engine.request import SamplingParams
+from cachedattn_jax.engine.sampling import Sampled, sample, sampling_batch
+from cachedattn_jax.model.paged import decode_step
+from cachedattn_jax.store.device_pool import DevicePool
+from pallas_kernels.rope import RopeTables
+
+# Batch 1 makes XLA on CPU copy every pool.
+_SMALLEST_BATCH = 2
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def _step(
+    config, params, pools, last_tokens, seats, page_tables, lengths, rope, sampling
+):
+    token_ids = last_tokens.at[seats].get(mode="clip")
+    logits, pools = decode_step(
+        config, params, token_ids, pools, page_tables, lengths, rope
+    )
+    sampled = sample(logits, sampling, lengths)
+    last_tokens = last_tokens.at[seats].set(sampled.token_ids, mode="drop")
+    return pools, last_tokens, sampled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One sequence of a step.
+
+    Attributes:
+        seat: where its last token waits on the device.
+        page_table: int32 [pages_per_sequence].
+        length: tokens of context, the one to be computed included.
+    """
+
+    seat: int
+    page_table: np.ndarray
+    length: int
+    sampling: SamplingParams
+
+
+class Decode:
+    """Runs decode steps on one model and one device pool.
+
+    Attributes:
+        last_tokens: int32 [seats], the last token of the sequence in each seat.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        params: LlamaParams,
+        rope: RopeTables,
+        pool: DevicePool,
+        *,
+        num_seats: int,
+        pages_per_sequence: int,
+    ) -> None:
+        self._config = config
+        self._params = params
+        self._rope = rope
+        self._pool = pool
+        self.num_seats = num_seats
+        self.pages_per_sequence = pages_per_sequence
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the last tokens; nothing may be decoding."""
+        self.last_tokens = jnp.zeros(
+            self.num_seats, jnp.int32, device=self._pool.device_sharding
+        )
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Sizes of the compiled programs."""
+        sizes = [_SMALLEST_BATCH]
+        while sizes[-1] < self.num_seats:
+            sizes.append(2 * sizes[-1])
+        return sizes
+
+    def run(self, rows: Sequence[Row], batch_size: int | None = None) -> Sampled:
+        """Dispatches one step; results are padded to the batch size, rows in order."""
+        size = batch_size or next(s for s in self.batch_sizes if s >= len(rows))
+        # Fresh arrays every time: XLA on CPU may read NumPy memory after the call
+        # returns.
+        seats = np.full(size, self.num_seats, np.int32)
+        lengths = np.zeros(size, np.int32)
+        tables = np.zeros((size, self.pages_per_sequence), np.int32)
+        for index, row in enumerate(rows):
+            seats[index], lengths[index] = row.seat, row.length
+            tables[index] = row.page_table
+        self._pool.arrays[:], self.last_tokens, sampled = _step(
+            self._config,
+            self._params,
+            self._pool.arrays,
+            self.last_tokens,
+            seats,
+            tables,
+            lengths,
+            self._rope,
+            sampling_batch([row.sampling for row in rows], size),
+        )
+        return sampled

@@ -1,0 +1,75 @@
+"""What happened when: spans of time on named tracks. Knows no engine."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One span; seconds of the monotonic clock."""
+
+    name: str
+    track: str
+    start_s: float
+    end_s: float
+    details: dict[str, object] = field(default_factory=dict)
+
+
+class Timeline:
+    """Events in the order they ended, at most `max_events` of them."""
+
+    def __init__(self, max_events: int = 200_000) -> None:
+        self.events: list[Event] = []
+        self.num_dropped = 0
+        self._max_events = max_events
+
+    def add(
+        self, name: str, track: str, start_s: float, end_s: float, **details: object
+    ) -> None:
+        """Notes a span that has ended."""
+        if len(self.events) >= self._max_events:
+            self.num_dropped += 1
+            return
+        self.events.append(
+            Event(name=name, track=track, start_s=start_s, end_s=end_s, details=details)
+        )
+
+    @contextmanager
+    def span(self, name: str, track: str, **details: object) -> Iterator[None]:
+        """Notes how long the body takes on the calling thread."""
+        start_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(name, track, start_s, time.monotonic(), **details)
+
+    def chrome_trace(self) -> dict[str, object]:
+        """The events in the trace format that Perfetto and Chrome open."""
+        tracks = {event.track: None for event in self.events}
+        numbers = {track: number for number, track in enumerate(tracks, start=1)}
+        origin = min((event.start_s for event in self.events), default=0.0)
+        names = [
+            {
+                "ph": "M",
+                "name": "thread_name",
+                "pid": 1,
+                "tid": number,
+                "args": {"name": track},
+            }
+            for track, number in numbers.items()
+        ]
+        spans = [
+            {
+                "ph": "X",
+                "name": event.name,
+                "pid": 1,
+                "tid": numbers[event.track],
+                "ts": (event.start_s - origin) * 1e6,
+                "dur": (event.end_s - event.start_s) * 1e6,
+                "args": event.details,
+            }
+            for event in self.events
+        ]
+        return {"traceEvents": [*names, *spans], "displayTimeUnit": "ms"}

@@ -1,0 +1,71 @@
+"""What a user asks for: one turn of a session. Knows no arrays and no engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen from the logits.
+
+    Attributes:
+        temperature: 0 takes the most likely token; otherwise logits are divided by it.
+        top_k: sample among the k most likely tokens; None among all.
+        top_p: sample among the most likely tokens whose probabilities reach this sum.
+        seed: of this request alone; the same request gives the same tokens whatever
+            else is in the batch.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be at least 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1, or None")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be at least 0 and below 2**32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One turn: new tokens in, a reply out.
+
+    Attributes:
+        session_id: the conversation it belongs to.
+        token_ids: the tokens the user adds; the engine remembers the ones before.
+        max_tokens: the reply ends after so many tokens at the latest.
+        stop_token_ids: the reply ends with the first of these, which it includes.
+        tenant: conversations of different tenants share nothing.
+        is_whole_prompt: `token_ids` is the whole conversation so far and replaces what
+            the engine remembers; what it has in common with that is still reused.
+    """
+
+    session_id: str
+    token_ids: Sequence[int]
+    max_tokens: int = 128
+    stop_token_ids: Sequence[int] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    tenant: str = "default"
+    is_whole_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", tuple(map(int, self.token_ids)))
+        object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))
+        if not self.token_ids:
+            raise ValueError("the prompt is empty; a turn needs at least 1 token")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError if a token id is not in the vocabulary."""
+        for token in (min(self.token_ids), max(self.token_ids)):
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"token id {token} is outside the vocabulary of {vocab_size} tokens"
+                )

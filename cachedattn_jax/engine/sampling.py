@@ -1,0 +1,104 @@
+"""The next token from logits, on the device. Knows no sessions, pages or batches."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt
+
+from cachedattn_jax.engine.request import SamplingParams
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class SamplingBatch:
+    """The sampling parameters of a batch, a row a sequence.
+
+    Attributes:
+        top_k: 0 for all tokens.
+    """
+
+    temperature: Float[Array | np.ndarray, " batch"]
+    top_k: Int[Array | np.ndarray, " batch"]
+    top_p: Float[Array | np.ndarray, " batch"]
+    seed: UInt[Array | np.ndarray, " batch"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """The chosen tokens, and how far the best logit lies above the second best."""
+
+    token_ids: Int[Array, " batch"]
+    margins: Float[Array, " batch"]
+
+
+def sampling_batch(params: list[SamplingParams], batch_size: int) -> SamplingBatch:
+    """Host arrays for a batch; rows past `params` are greedy padding."""
+    params = params + [SamplingParams()] * (batch_size - len(params))
+    return SamplingBatch(
+        temperature=np.asarray([p.temperature for p in params], np.float32),
+        top_k=np.asarray([p.top_k or 0 for p in params], np.int32),
+        top_p=np.asarray([p.top_p for p in params], np.float32),
+        seed=np.asarray([p.seed for p in params], np.uint32),
+    )
+
+
+def sample(
+    logits: Float[Array, "batch vocab"],
+    params: SamplingBatch,
+    positions: Int[Array, " batch"],
+) -> Sampled:
+    """One token a row.
+
+    Args:
+        positions: of the tokens to choose; with the seed they are the only randomness,
+            so a row does not depend on its batch mates or on when it runs.
+    """
+    best, second = _two_largest(logits)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # Sorting the vocabulary costs more than a small decode step; skip it if nobody
+    # asks.
+    token_ids = jax.lax.cond(
+        (params.temperature > 0).any(),
+        lambda: jnp.where(
+            params.temperature > 0, _sample_rows(logits, params, positions), greedy
+        ),
+        lambda: greedy,
+    )
+    return Sampled(token_ids=token_ids, margins=best - second)
+
+
+def _two_largest(
+    logits: Float[Array, "batch vocab"],
+) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
+    best = logits.max(axis=-1)
+    index = jnp.argmax(logits, axis=-1)
+    others = jnp.where(jnp.arange(logits.shape[-1]) == index[:, None], -jnp.inf, logits)
+    return best, others.max(axis=-1)
+
+
+def _sample_rows(
+    logits: Float[Array, "batch vocab"],
+    params: SamplingBatch,
+    positions: Int[Array, " batch"],
+) -> Int[Array, " batch"]:
+    temperature = jnp.maximum(params.temperature, 1e-6)
+    ranked = jnp.argsort(-logits, axis=-1).astype(jnp.int32)
+    scaled = jnp.take_along_axis(logits, ranked, axis=-1) / temperature[:, None]
+    rank = jnp.arange(logits.shape[-1])
+    scaled = jnp.where(
+        (params.top_k[:, None] > 0) & (rank >= params.top_k[:, None]), -jnp.inf, scaled
+    )
+    probability = jax.nn.softmax(scaled, axis=-1)
+    # A token stays if those before it have not reached top_p; the first always does.
+    before = jnp.cumsum(probability, axis=-1) - probability
+    scaled = jnp.where(before < params.top_p[:, None], scaled, -jnp.inf)
+
+    def choose(seed, position, row):
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        return jax.random.categorical(key, row)
+
+    chosen = jax.vmap(choose)(params.seed, positions, scaled)
+    return jnp.take_along_axis(ranked, chosen[:, None], axis=-1)[:, 0]

@@ -1,0 +1,78 @@
+"""Which turn starts next. Pure: knows no arrays, no pages and no clock.
+
+First come, first served, except that the turns of one session keep their order: while
+one runs, the next waits and lets others pass.
+"""
+
+from collections import deque
+from collections.abc import Hashable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
+
+
+@runtime_checkable
+class Waiting(Protocol):
+    """What the scheduler needs to know of a turn."""
+
+    @property
+    def session(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=Waiting)
+
+
+class Scheduler(Generic[Item]):
+    """A waiting queue and the set of running turns.
+
+    Args:
+        max_running: turns that may run at the same time.
+    """
+
+    def __init__(self, max_running: int) -> None:
+        if max_running < 1:
+            raise ValueError(f"max_running={max_running} must be at least 1")
+        self.max_running = max_running
+        self._waiting: deque[Item] = deque()
+        self._running: dict[Hashable, Item] = {}
+
+    @property
+    def running(self) -> list[Item]:
+        """Running turns, in the order they started."""
+        return list(self._running.values())
+
+    @property
+    def waiting(self) -> list[Item]:
+        """Waiting turns, next one first."""
+        return list(self._waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._waiting and not self._running
+
+    def submit(self, item: Item) -> None:
+        """Puts a turn at the end of the queue."""
+        self._waiting.append(item)
+
+    def upcoming(self) -> tuple[str, ...]:
+        """Sessions of the waiting turns, next one first, for placement to look at."""
+        return tuple(item.session for item in self._waiting)
+
+    def next(self) -> Item | None:
+        """The turn to start now, still in the queue; None if none may start."""
+        if len(self._running) >= self.max_running:
+            return None
+        for item in self._waiting:
+            if item.session not in self._running:
+                return item
+        return None
+
+    def start(self, item: Item) -> None:
+        """Moves a turn from the queue to the running ones."""
+        self._waiting.remove(item)
+        self._running[item.session] = item
+
+    def finish(self, item: Item) -> None:
+        """Takes a turn out, wherever it is."""
+        if self._running.get(item.session) is item:
+            del self._running[item.session]
+        elif item in self._waiting:
+            self._waiting.remove(item)

@@ -1,0 +1,140 @@
+"""One turn on its way through the engine, and what its user sees of it.
+
+Knows tokens, times and where tokens came from. Does not know arrays or how it is run.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from cachedattn_jax.engine.request import Request
+
+FinishReason = Literal["stop", "length", "window", "cancelled", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensFrom:
+    """Where the keys and values of a prompt came from; the sum is the prompt.
+
+    Attributes:
+        recomputed: computed before in this session, lost or left, and computed again.
+        new: never computed before in this session, the last sampled token included.
+    """
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
+    recomputed: int = 0
+    new: int = 0
+
+    @property
+    def cached(self) -> int:
+        return self.device + self.host + self.disk
+
+    @property
+    def total(self) -> int:
+        return self.cached + self.recomputed + self.new
+
+
+@dataclass(kw_only=True)
+class Times:
+    """Moments of a turn, seconds of one monotonic clock; None until they come.
+
+    Attributes:
+        started_s: the turn's pages were leased and began to load.
+        loaded_s: all of them had reached host memory or the device.
+        first_token_s, finished_s: the token or the end became known to the host.
+    """
+
+    submitted_s: float
+    started_s: float | None = None
+    loaded_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+
+@dataclass(eq=False, kw_only=True)
+class Turn:
+    """A request, its reply so far, and its measurements.
+
+    Attributes:
+        prompt: int32, the whole prompt with the history; empty until the turn starts.
+        reply: tokens received so far.
+        margins: for each of them, best minus second best logit.
+        error: what went wrong, if `finish_reason` is "error".
+        num_chunk_tokens: tokens the prefill programs were run over, padding included.
+    """
+
+    request: Request
+    session: str
+    times: Times
+    turn_index: int = 0
+    prompt: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    reply: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+    tokens_from: TokensFrom = field(default_factory=TokensFrom)
+    num_chunk_tokens: int = 0
+    is_cancel_requested: bool = False
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def cancel(self) -> None:
+        """Asks the engine to end the turn; tokens already received stay."""
+        self.is_cancel_requested = True
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to first token from the submission, queueing included."""
+        return _between(self.times.submitted_s, self.times.first_token_s)
+
+    @property
+    def queue_s(self) -> float | None:
+        return _between(self.times.submitted_s, self.times.started_s)
+
+    @property
+    def load_s(self) -> float | None:
+        return _between(self.times.started_s, self.times.loaded_s)
+
+    @property
+    def prefill_s(self) -> float | None:
+        """Time to first token without queueing: loading and computing."""
+        return _between(self.times.started_s, self.times.first_token_s)
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per token after the first; None for replies of one token."""
+        span = _between(self.times.first_token_s, self.times.finished_s)
+        num_later = len(self.reply) - 1
+        return span / num_later if span is not None and num_later > 0 else None
+
+    def row(self) -> dict[str, object]:
+        """The turn as a row of turns.jsonl."""
+        sources = self.tokens_from
+        return {
+            "session": self.request.session_id,
+            "turn": self.turn_index,
+            "prompt_tokens": sources.total,
+            "tokens_from": dataclasses.asdict(sources),
+            "prefill_tokens_computed": sources.recomputed + sources.new,
+            "prefill_tokens_padded": self.num_chunk_tokens,
+            "output_tokens": len(self.reply),
+            "finish_reason": self.finish_reason,
+            "ttft_s": self.ttft_s,
+            "queue_s": self.queue_s,
+            "load_s": self.load_s,
+            # The prefill starts when every page has arrived, so all of it is exposed.
+            "exposed_stall_s": self.load_s,
+            "prefill_s": self.prefill_s,
+            "tpot_s": self.tpot_s,
+            "decision": "load" if sources.cached else "compute",
+        }
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start

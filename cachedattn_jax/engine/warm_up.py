@@ -1,0 +1,58 @@
+"""Runs every program once, writing nowhere, so that no turn waits for a compiler."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from cachedattn_jax.engine.decode import Decode
+from cachedattn_jax.engine.prefill import Prefill
+from cachedattn_jax.engine.sampling import sampling_batch
+from cachedattn_jax.store.device_pool import RUN_PAGES, DevicePool
+
+
+def warm_up(
+    prefill: Prefill,
+    decode: Decode,
+    pool: DevicePool,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Compiles all prefill, decode and page-copy programs.
+
+    Args:
+        progress: called before each with its name, how many are done, and of how many.
+    """
+    work: list[tuple[str, Callable[[], object]]] = []
+    for size in prefill.chunk_tokens:
+        name = f"prefill of {size} tokens"
+        work.append((name, lambda size=size: _prefill(prefill, decode, pool, size)))
+    for size in decode.batch_sizes:
+        work.append((f"decode of {size} turns", lambda size=size: decode.run([], size)))
+    for size in RUN_PAGES:
+        work.append((f"copy of {size} pages", lambda size=size: _copy(pool, size)))
+    for done, (name, compile_program) in enumerate(work):
+        if progress is not None:
+            progress(name, done, len(work))
+        compile_program()
+    jax.block_until_ready(pool.arrays)
+    if progress is not None:
+        progress("compiled", len(work), len(work))
+
+
+def _prefill(prefill: Prefill, decode: Decode, pool: DevicePool, size: int) -> None:
+    nowhere = np.full(decode.pages_per_sequence, pool.num_slots, np.int32)
+    decode.last_tokens, _, _ = prefill.run(
+        np.zeros(size, np.int32),
+        0,
+        [],
+        nowhere,
+        decode.last_tokens,
+        decode.num_seats,
+        sampling_batch([], 1),
+    )
+
+
+def _copy(pool: DevicePool, size: int) -> None:
+    nowhere = np.full(size, pool.num_slots, np.int32)
+    for group, pages in enumerate(pool.extract(nowhere)):
+        pool.install(group, pool.put(pages), nowhere)

@@ -1,0 +1,1 @@
+"""The Llama family: its configuration, its layers, its checkpoints."""

@@ -1,0 +1,106 @@
+"""The layers of a Llama in Flax NNX.
+
+Knows weights and hidden states. Does not know positions, pages or caches: where keys
+and values come from is the `attend` function that a caller hands to a layer.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cachedattn_jax.model.config import LlamaConfig
+
+# attend(query [..., heads, D], key [..., kv_heads, D], value [..., kv_heads, D])
+# -> [..., heads, D], with keys and queries not yet rotated.
+Attend = Callable[[Array, Array, Array], Array]
+
+INIT_STDDEV = 0.02
+
+
+class RMSNorm(nnx.Module):
+    """Divides by the root mean square over the last axis, then scales."""
+
+    def __init__(self, config: LlamaConfig):
+        self.eps = config.norm_eps
+        self.scale = nnx.Param(jnp.ones(config.hidden_size, config.dtype))
+
+    def __call__(self, x: Float[Array, "*rows hidden"]) -> Float[Array, "*rows hidden"]:
+        return rms_normalise(x, self.scale[...], self.eps)
+
+
+class Attention(nnx.Module):
+    """Projections around an attention that the caller provides."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.head_dim = config.head_dim
+        query_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        self.q_proj = _linear(config, config.hidden_size, query_size, rngs)
+        self.k_proj = _linear(config, config.hidden_size, kv_size, rngs)
+        self.v_proj = _linear(config, config.hidden_size, kv_size, rngs)
+        self.o_proj = _linear(config, query_size, config.hidden_size, rngs)
+
+    def __call__(
+        self, x: Float[Array, "*rows hidden"], attend: Attend
+    ) -> Float[Array, "*rows hidden"]:
+        query, key, value = (
+            project(x).reshape(*x.shape[:-1], -1, self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.o_proj(attend(query, key, value).reshape(*x.shape[:-1], -1))
+
+
+class MLP(nnx.Module):
+    """The SwiGLU feed-forward network (Shazeer, GLU Variants, 2020)."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.gate_proj = _linear(config, hidden, intermediate, rngs)
+        self.up_proj = _linear(config, hidden, intermediate, rngs)
+        self.down_proj = _linear(config, intermediate, hidden, rngs)
+
+    def __call__(self, x: Float[Array, "*rows hidden"]) -> Float[Array, "*rows hidden"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """One pre-norm transformer layer; it knows no positions."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(config)
+        self.attention = Attention(config, rngs=rngs)
+        self.post_attention_norm = RMSNorm(config)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "*rows hidden"], attend: Attend
+    ) -> Float[Array, "*rows hidden"]:
+        x = x + self.attention(self.input_norm(x), attend)
+        return x + self.mlp(self.post_attention_norm(x))
+
+
+def rms_normalise(
+    x: Float[Array, "*rows hidden"], scale: Float[Array, " hidden"], eps: float
+) -> Float[Array, "*rows hidden"]:
+    """The formula of `RMSNorm`, in float32; keeps the dtype of `x`."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    scaled = wide * jax.lax.rsqrt(mean_square + eps) * scale.astype(jnp.float32)
+    return scaled.astype(x.dtype)
+
+
+def _linear(
+    config: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs
+) -> nnx.Linear:
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=False,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.dtype),
+        kernel_init=nnx.initializers.normal(INIT_STDDEV),
+        rngs=rngs,
+    )

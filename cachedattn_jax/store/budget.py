@@ -1,0 +1,103 @@
+"""How much memory each tier may use, and which policy shares it out.
+
+Knows budgets. Does not know arrays or pages; imports no jax.
+"""
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+
+from cachedattn_jax.store.layout import Layout
+from cachedattn_jax.store.placement import policy
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """Budgets of the tiers, in total and not per device.
+
+    Attributes:
+        device_bytes, host_bytes, disk_bytes: a number of bytes, or text such as "64
+            GiB". 0 switches the host or the disk tier off.
+        disk_root: a path or a TensorStore URL (file://, s3://, gs://, memory://); None
+            for no disk tier. One layout owns a root.
+        policy: who gives up room first; see `store.placement.POLICIES`.
+    """
+
+    device_bytes: int | str = "256 MiB"
+    host_bytes: int | str = "1 GiB"
+    disk_bytes: int | str = 0
+    disk_root: str | None = None
+    policy: str = "lru"
+
+    def __post_init__(self) -> None:
+        for name in ("device_bytes", "host_bytes", "disk_bytes"):
+            object.__setattr__(self, name, parse_bytes(name, getattr(self, name)))
+        _check_memory("host_bytes", self.num_host_bytes)
+        if self.num_disk_bytes and self.disk_root is None:
+            raise ValueError(
+                f"disk_bytes={self.num_disk_bytes} needs a disk_root to write to"
+            )
+        if self.num_disk_bytes and self.disk_root and "://" not in self.disk_root:
+            _check_disk(self.disk_root, self.num_disk_bytes)
+        policy(self.policy)
+
+    @property
+    def num_device_bytes(self) -> int:
+        return int(self.device_bytes)
+
+    @property
+    def num_host_bytes(self) -> int:
+        return int(self.host_bytes)
+
+    @property
+    def num_disk_bytes(self) -> int:
+        return int(self.disk_bytes)
+
+    def num_slots(self, layout: Layout) -> int:
+        """Pages that fit in device memory."""
+        return self.num_device_bytes // layout.page_bytes
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """Bytes meant by a number or by text such as "64 GiB" or "500MB".
+
+    Raises:
+        ValueError: not such a number, or negative.
+    """
+    number: float | None = None
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", value)
+        if match and match[2].upper() in _UNITS:
+            number = float(match[1]) * _UNITS[match[2].upper()]
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        number = value
+    if number is None or number < 0 or number != number:
+        raise ValueError(
+            f"{name}={value!r} must be a number of bytes of at least 0,"
+            ' or text such as "64 GiB"'
+        )
+    return int(number)
+
+
+def _check_memory(name: str, num_bytes: int) -> None:
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > physical:
+        raise ValueError(
+            f"{name}={num_bytes} is more than the {physical} bytes of memory here"
+        )
+
+
+def _check_disk(root: str, num_bytes: int) -> None:
+    path = os.path.abspath(os.path.expanduser(root))
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    total = shutil.disk_usage(path).total
+    if num_bytes > total:
+        raise ValueError(
+            f"disk_bytes={num_bytes} is more than the {total} bytes of the disk"
+            f" that holds disk_root={root!r}"
+        )

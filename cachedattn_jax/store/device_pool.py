@@ -1,0 +1,104 @@
+"""Device memory for pages: one array of slots per layer group, and the free slots.
+
+Knows arrays and slots. Does not know which page a slot holds.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cachedattn_jax.store.layout import Layout
+from pallas_kernels.page_copy import extract_pages, install_pages
+
+# Pages travel in runs of these sizes, largest first, without padding: a fixed page
+# count per program, and each program is compiled once.
+RUN_PAGES = (16, 4, 1)
+
+_install = jax.jit(install_pages, donate_argnums=0)
+_extract = jax.jit(extract_pages)
+
+
+def split_runs(num_pages: int) -> list[int]:
+    """Sizes of the runs that together move `num_pages` pages."""
+    sizes = []
+    for size in RUN_PAGES:
+        count, num_pages = divmod(num_pages, size)
+        sizes += [size] * count
+    return sizes
+
+
+def storage_dtype(layout: Layout, platform: str) -> jnp.dtype:
+    """The dtype of pool arrays; see `pallas_kernels.page_copy.to_storage` for why."""
+    if layout.dtype == "bfloat16" and platform == "cpu":
+        return jnp.dtype(jnp.uint16)
+    return jnp.dtype(layout.dtype)
+
+
+class DevicePool:
+    """Slots of donated arrays `[slots, layers_per_group, kv_heads, 2, page_tokens,
+    dim]`.
+
+    `arrays` holds one array per layer group; whoever passes one to a donating call
+    stores the result back. One slot number spans all groups.
+    """
+
+    def __init__(self, layout: Layout, num_slots: int, device: jax.Device) -> None:
+        self.layout = layout
+        self.num_slots = num_slots
+        self.dtype = storage_dtype(layout, device.platform)
+        self.device_sharding = jax.sharding.SingleDeviceSharding(device)
+        self.host_sharding = self.device_sharding.with_memory_kind("pinned_host")
+        self._free: list[int] = []
+        self.arrays: list[jax.Array] = []
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Makes every slot free and every array new; what they held is lost."""
+        shape = (self.num_slots, *self.layout.group_shape)
+        self.arrays.clear()
+        # Committed to the device like everything that is put there: an argument that turns
+        # from uncommitted to committed is a new program to jit.
+        self.arrays += [
+            jnp.zeros(shape, self.dtype, device=self.device_sharding)
+            for _ in range(self.layout.num_groups)
+        ]
+        self._free[:] = range(self.num_slots - 1, -1, -1)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a donating call failed and took an array with it."""
+        return any(array.is_deleted() for array in self.arrays)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self, num_slots: int) -> list[int]:
+        """Takes free slots; the caller has made sure that there are enough."""
+        assert num_slots <= len(self._free), (num_slots, len(self._free))
+        return [self._free.pop() for _ in range(num_slots)]
+
+    def give_back(self, slot: int) -> None:
+        """Makes a slot free again."""
+        self._free.append(slot)
+
+    def put(self, pages: np.ndarray | jax.Array) -> jax.Array:
+        """Starts the copy of a run of one layer group to the device."""
+        return jax.device_put(pages, self.device_sharding)
+
+    def install(self, group: int, pages: jax.Array, slots: np.ndarray) -> None:
+        """Writes a run that was `put`; slots equal to `num_slots` are left out."""
+        self.arrays[group] = _install(self.arrays[group], pages, slots)
+
+    def extract(self, slots: Sequence[int]) -> list[jax.Array]:
+        """Starts the copy of a run to pinned host memory, one array a group."""
+        run = np.asarray(slots, np.int32)
+        pages = [_extract(array, run) for array in self.arrays]
+        return jax.device_put(pages, self.host_sharding)
+
+    @functools.cached_property
+    def slot_bytes(self) -> int:
+        return self.layout.page_bytes

@@ -1,0 +1,201 @@
+"""Makes room: pages leave a tier, downwards where a lower tier takes them.
+
+Knows budgets, victims and writes under way. Does not know turns or how pages are found.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from itertools import islice
+
+import jax
+
+from cachedattn_jax.store.device_pool import DevicePool
+from cachedattn_jax.store.disk_tier import DiskTier
+from cachedattn_jax.store.host_tier import HostTier
+from cachedattn_jax.store.page_index import PageEntry, PageIndex
+from cachedattn_jax.store.placement import QueueView, Tier
+
+# Above this share of the host budget, the pages next to leave are copied to disk ahead
+# of time, so that making room rarely waits for a write.
+_CLEAN_ABOVE = 0.75
+_MAX_WRITES = 16
+
+
+class Evictor:
+    """Frees slots, host bytes and disk bytes, asking the policy who goes first."""
+
+    def __init__(
+        self,
+        index: PageIndex,
+        pool: DevicePool,
+        host: HostTier,
+        disk: DiskTier | None,
+        counters: Counter[str],
+    ) -> None:
+        self.queue = QueueView()
+        self._index = index
+        self._pool = pool
+        self._host = host
+        self._disk = disk
+        self._counters = counters
+        self._writes: deque[tuple[Future[None], PageEntry]] = deque()
+
+    def free_slots(self, num_slots: int) -> bool:
+        """Whether so many slots are free now; evicts nothing if that is not enough."""
+        missing = num_slots - self._pool.num_free
+        victims = list(islice(self._victims(Tier.DEVICE), max(0, missing)))
+        if len(victims) < missing:
+            return False
+        for entry in victims:
+            self._pool.give_back(self.leave_device(entry))
+            self._count_loss(entry, Tier.DEVICE)
+        return True
+
+    def make_host_room(self, num_bytes: int) -> bool:
+        """Whether the host tier can take so many bytes; may wait for disk writes."""
+        if num_bytes > self._host.capacity_bytes:
+            return False
+        while not self._host.has_room(num_bytes):
+            victims = list(islice(self._victims(Tier.HOST), _MAX_WRITES))
+            if not victims:
+                return False
+            for entry in victims:
+                if entry.on_disk or not self.write(entry):
+                    self._leave_host(entry)
+                    self._count_loss(entry, Tier.HOST)
+                if self._host.has_room(num_bytes):
+                    return True
+            if self._writes:
+                started = time.monotonic()
+                self._settle_oldest()
+                self._counters["save_wait_s"] += time.monotonic() - started
+        return True
+
+    def write(
+        self,
+        entry: PageEntry,
+        groups: Sequence[jax.Array] | None = None,
+        row: int = 0,
+    ) -> bool:
+        """Whether the page is on disk or on its way there.
+
+        Args:
+            groups, row: where its bytes are, for a page that is not in host memory.
+        """
+        if entry.on_disk or entry.is_writing:
+            return True
+        if self._disk is None or entry.is_unwritable or entry.token_ids is None:
+            return False
+        if not self._make_disk_room(self._disk):
+            return False
+        if entry.slab is not None:
+            groups, row = entry.slab.groups, entry.row
+        assert groups is not None
+        entry.is_writing = True
+        future = self._disk.write(entry.key, entry.token_ids, groups, row)
+        self._writes.append((future, entry))
+        return True
+
+    def settle_writes(self) -> None:
+        """Takes note of finished writes and starts those that will be needed soon."""
+        while self._writes and self._writes[0][0].done():
+            self._settle_oldest()
+        if self._disk is None or not self._host.capacity_bytes:
+            return
+        if self._host.used_bytes > _CLEAN_ABOVE * self._host.capacity_bytes:
+            for entry in list(islice(self._victims(Tier.HOST), _MAX_WRITES)):
+                if len(self._writes) < _MAX_WRITES:
+                    self.write(entry)
+
+    def drain(self) -> None:
+        """Writes all that only host memory holds, as far as it fits, and waits."""
+        for entry in list(self._index.in_tier(Tier.HOST)):
+            self.write(entry)
+        while self._writes:
+            self._settle_oldest()
+
+    def empty(self, tier: Tier) -> None:
+        """Moves every page that is not held out of a tier; waits for the writes."""
+        victims = [entry for entry in self._index.in_tier(tier) if not entry.holds]
+        if tier is Tier.HOST:
+            self.drain()
+        for entry in victims:
+            match tier:
+                case Tier.DEVICE:
+                    self._pool.give_back(self.leave_device(entry))
+                case Tier.HOST:
+                    self._leave_host(entry)
+                case Tier.DISK:
+                    self.leave_disk(entry)
+            self._count_loss(entry, tier)
+
+    def retire(self, entry: PageEntry) -> None:
+        """Drops a page, wherever it is, that no conversation goes on from any more."""
+        self.leave_disk(entry)
+        self._leave_host(entry)
+        if entry.slot is not None and not entry.holds:
+            self._pool.give_back(self.leave_device(entry))
+        if entry.slot is None:
+            self._index.remove(entry)
+
+    def leave_device(self, entry: PageEntry) -> int:
+        """Takes the page from its slot, which is returned and belongs to the caller."""
+        slot = entry.slot
+        assert slot is not None
+        entry.slot = None
+        self._index.unplace(entry, Tier.DEVICE)
+        return slot
+
+    def leave_disk(self, entry: PageEntry) -> None:
+        """Deletes the page's object, if there is one."""
+        if entry.on_disk:
+            assert self._disk is not None
+            entry.on_disk = False
+            self._disk.delete(entry.key)
+            self._index.unplace(entry, Tier.DISK)
+
+    def _leave_host(self, entry: PageEntry) -> None:
+        if entry.slab is not None:
+            self._host.release_row(entry.slab)
+            entry.slab = None
+            self._index.unplace(entry, Tier.HOST)
+
+    def _victims(self, tier: Tier) -> Iterator[PageEntry]:
+        for session in self._index.policy.victims(tier, self.queue, time.monotonic()):
+            for entry in self._index.last_pages_first(session, tier):
+                if not entry.holds:
+                    yield entry
+
+    def _make_disk_room(self, disk: DiskTier) -> bool:
+        while not disk.has_room():
+            victim = next(self._victims(Tier.DISK), None)
+            if victim is None:
+                return False
+            self.leave_disk(victim)
+            self._count_loss(victim, Tier.DISK)
+        return True
+
+    def _settle_oldest(self) -> None:
+        future, entry = self._writes.popleft()
+        error = future.exception()  # waits
+        entry.is_writing = False
+        assert self._disk is not None
+        if error is not None:
+            self._disk.forget()
+            self._counters["write_failures"] += 1
+            entry.is_unwritable = True
+        elif self._index.find(entry.key) is not entry:
+            self._disk.delete(entry.key)
+        else:
+            self._counters["pages_written"] += 1
+            entry.on_disk = True
+            self._index.place(entry, Tier.DISK, time.monotonic())
+        if not entry.tiers:
+            self._index.remove(entry)
+
+    def _count_loss(self, entry: PageEntry, tier: Tier) -> None:
+        self._counters[f"pages_left_{tier}"] += 1
+        if not entry.tiers and not entry.is_writing:
+            self._counters[f"pages_lost_from_{tier}"] += 1

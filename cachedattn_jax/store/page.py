@@ -1,0 +1,189 @@
+"""The page: its key, and its form as one self-describing object of bytes.
+
+Knows hashing, the header and checksums. Does not know tiers, devices or sessions.
+
+    object  | header | token ids | checksums [layers, kv_heads] | crc of all that | pad
+    |
+            | layer 0: head 0 (K, V), head 1, ... | layer 1 | ...
+
+Layers follow each other, so any layer group of any size is one byte range that can be
+verified by itself, and so is a shard of heads inside a layer.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import crc32c
+import numpy as np
+
+from cachedattn_jax.store.layout import FORMAT_VERSION, Layout
+
+PageKey = bytes
+
+_MAGIC = b"KVPAGE"
+_FIXED = struct.Struct(
+    "<6sHII32s32s"
+)  # magic, version, num_tokens, page_tokens, digest, key
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tail:
+    """The partly filled last page of a session.
+
+    Attributes:
+        index: full pages before it.
+        token_ids: int32, the tokens it holds.
+    """
+
+    index: int
+    key: PageKey
+    token_ids: np.ndarray
+
+
+class BadPage(Exception):
+    """A stored page that may not be used; the message is the reason counters show."""
+
+
+def page_key(
+    layout_digest: bytes,
+    salt: bytes,
+    parent: PageKey,
+    event: str,
+    token_ids: np.ndarray,
+) -> PageKey:
+    """Identity of a page: what it holds and everything it was computed after.
+
+    Args:
+        salt: the tenant's; pages of different salts never meet.
+        parent: key of the page before, empty for the first.
+        event: "append", or "truncated(k)" for the first page after k pages were
+            dropped.
+        token_ids: int32, the tokens of this page alone.
+    """
+    digest = hashlib.blake2b(digest_size=32)
+    for part in (layout_digest, salt, parent, event.encode()):
+        digest.update(len(part).to_bytes(4, "little"))
+        digest.update(part)
+    digest.update(np.ascontiguousarray(token_ids, "<i4").tobytes())
+    return digest.digest()
+
+
+def chain_keys(
+    layout: Layout, salt: bytes, token_ids: np.ndarray, known: list[PageKey]
+) -> list[PageKey]:
+    """Keys of all full pages of a sequence, the first `len(known)` of them given."""
+    keys = list(known)
+    step = layout.page_tokens
+    for start in range(len(keys) * step, len(token_ids) - step + 1, step):
+        keys.append(next_key(layout, salt, keys, token_ids[start : start + step]))
+    return keys
+
+
+def next_key(
+    layout: Layout, salt: bytes, keys: list[PageKey], token_ids: np.ndarray
+) -> PageKey:
+    """Key of the page, full or not, of `token_ids` after the pages of `keys`."""
+    parent = keys[-1] if keys else b""
+    return page_key(layout.digest, salt, parent, "append", token_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageHeader:
+    """What an object says of itself.
+
+    Attributes:
+        token_ids: int32 [num_tokens]; fewer than page_tokens in a partly filled tail.
+        checksums: uint32 [layers, kv_heads], crc32c of each head's K and V.
+    """
+
+    key: PageKey
+    token_ids: np.ndarray
+    checksums: np.ndarray
+
+
+def payload_offset(layout: Layout) -> int:
+    """Where layer 0 begins in an object; the header is all that lies before."""
+    checksums = layout.num_layers * layout.num_kv_heads
+    end = _FIXED.size + 4 * (layout.page_tokens + checksums + 1)
+    return -(-end // _ALIGNMENT) * _ALIGNMENT
+
+
+def object_bytes(layout: Layout) -> int:
+    """Size of a whole object."""
+    return payload_offset(layout) + layout.page_bytes
+
+
+def group_range(layout: Layout, group: int) -> slice:
+    """Byte range of a layer group in an object."""
+    start = payload_offset(layout) + group * layout.group_bytes
+    return slice(start, start + layout.group_bytes)
+
+
+def encode_page(
+    layout: Layout, key: PageKey, token_ids: np.ndarray, payload: bytes
+) -> bytes:
+    """The object of a page whose layers, in order, are `payload`."""
+    assert len(payload) == layout.page_bytes, (len(payload), layout.page_bytes)
+    ids = np.zeros(layout.page_tokens, "<i4")
+    ids[: len(token_ids)] = token_ids
+    checksums = np.fromiter(_checksums(layout, payload), "<u4")
+    header = _FIXED.pack(
+        _MAGIC, FORMAT_VERSION, len(token_ids), layout.page_tokens, layout.digest, key
+    )
+    header += ids.tobytes() + checksums.tobytes()
+    header += struct.pack("<I", crc32c.crc32c(header))
+    return header.ljust(payload_offset(layout), b"\0") + payload
+
+
+def decode_header(layout: Layout, key: PageKey, data: bytes) -> PageHeader:
+    """Reads the header of an object and checks that it is the page asked for.
+
+    Raises:
+        BadPage: the object is short, damaged, of another layout or of another key.
+    """
+    if len(data) < payload_offset(layout):
+        raise BadPage("torn")
+    if not data.startswith(_MAGIC):
+        raise BadPage("not_a_page")
+    _, version, num_tokens, page_tokens, digest, found = _FIXED.unpack_from(data)
+    if version != FORMAT_VERSION or digest != layout.digest:
+        raise BadPage("other_layout")
+    if page_tokens != layout.page_tokens or num_tokens > page_tokens:
+        raise BadPage("other_layout")
+    shape = (layout.num_layers, layout.num_kv_heads)
+    end = _FIXED.size + 4 * (page_tokens + shape[0] * shape[1])
+    if struct.unpack_from("<I", data, end)[0] != crc32c.crc32c(data[:end]):
+        raise BadPage("header_checksum")
+    if found != key:
+        raise BadPage("other_key")
+    ids = np.frombuffer(data, "<i4", num_tokens, _FIXED.size)
+    checksums = np.frombuffer(
+        data, "<u4", shape[0] * shape[1], _FIXED.size + 4 * page_tokens
+    )
+    return PageHeader(key=found, token_ids=ids, checksums=checksums.reshape(shape))
+
+
+def verify_layers(
+    layout: Layout, header: PageHeader, first_layer: int, payload: memoryview
+) -> None:
+    """Checks whole layers, `first_layer` and the following, against the header.
+
+    Raises:
+        BadPage: the bytes end early or differ from what was written.
+    """
+    num_layers, rest = divmod(len(payload), layout.layer_bytes)
+    if rest or first_layer + num_layers > layout.num_layers:
+        raise BadPage("torn")
+    expected = header.checksums[first_layer : first_layer + num_layers].reshape(-1)
+    for checksum, found in zip(expected, _checksums(layout, payload), strict=True):
+        if checksum != found:
+            raise BadPage("checksum")
+
+
+def _checksums(layout: Layout, payload: bytes | memoryview) -> Iterator[int]:
+    view = memoryview(payload)
+    for start in range(0, len(view), layout.head_bytes):
+        yield crc32c.crc32c(view[start : start + layout.head_bytes])

@@ -1,0 +1,123 @@
+"""Which pages exist, where their copies are and whose they are.
+
+Knows keys, tiers and sessions. Does not move anything.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from cachedattn_jax.store.host_tier import Slab
+from cachedattn_jax.store.page import PageKey
+from cachedattn_jax.store.placement import Policy, Tier
+
+
+@dataclass(eq=False, kw_only=True)
+class PageEntry:
+    """One page, in any number of tiers.
+
+    Attributes:
+        session: who used it last and therefore answers for its place.
+        token_ids: int32, the tokens it holds; None for one found on disk and not yet
+            used.
+        slot: its place on the device.
+        slab, row: its place in host memory.
+        on_disk: whether a complete object exists.
+        is_writing: whether an object is being written.
+        is_unwritable: whether writing it failed; it is not tried again.
+        holds: running turns that use it; a held page stays where it is.
+    """
+
+    key: PageKey
+    session: str
+    token_ids: np.ndarray | None
+    slot: int | None = None
+    slab: Slab | None = None
+    row: int = 0
+    on_disk: bool = False
+    is_writing: bool = False
+    is_unwritable: bool = False
+    holds: int = 0
+
+    def is_in(self, tier: Tier) -> bool:
+        match tier:
+            case Tier.DEVICE:
+                return self.slot is not None
+            case Tier.HOST:
+                return self.slab is not None
+            case Tier.DISK:
+                return self.on_disk
+
+    @property
+    def tiers(self) -> list[Tier]:
+        return [tier for tier in Tier if self.is_in(tier)]
+
+
+class PageIndex:
+    """All pages by key, and by session for each tier."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._pages: dict[PageKey, PageEntry] = {}
+        self._by_session: dict[Tier, dict[str, dict[PageKey, PageEntry]]] = {
+            tier: {} for tier in Tier
+        }
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def find(self, key: PageKey) -> PageEntry | None:
+        return self._pages.get(key)
+
+    def add(
+        self, key: PageKey, session: str, token_ids: np.ndarray | None
+    ) -> PageEntry:
+        """A new page, in no tier yet."""
+        entry = PageEntry(key=key, session=session, token_ids=token_ids)
+        self._pages[key] = entry
+        return entry
+
+    def place(self, entry: PageEntry, tier: Tier, now: float) -> None:
+        """Notes that the page, whose fields say so already, is in the tier."""
+        pages = self._by_session[tier].setdefault(entry.session, {})
+        pages[entry.key] = entry
+        self.policy.used(entry.session, tier, now)
+
+    def unplace(self, entry: PageEntry, tier: Tier) -> None:
+        """Notes that the page has left the tier; forgets it if that was the last."""
+        pages = self._by_session[tier][entry.session]
+        del pages[entry.key]
+        if not pages:
+            del self._by_session[tier][entry.session]
+            self.policy.left(entry.session, tier)
+        if not entry.tiers and not entry.is_writing:
+            self.remove(entry)
+
+    def remove(self, entry: PageEntry) -> None:
+        """Makes the page, which is in no tier any more, impossible to find."""
+        if self._pages.get(entry.key) is entry:
+            del self._pages[entry.key]
+
+    def touch(self, entry: PageEntry, session: str, now: float) -> None:
+        """Notes a use of the page by a session, which answers for it from now on."""
+        for tier in entry.tiers:
+            if entry.session != session:
+                pages = self._by_session[tier][entry.session]
+                del pages[entry.key]
+                if not pages:
+                    del self._by_session[tier][entry.session]
+                    self.policy.left(entry.session, tier)
+                moved = self._by_session[tier].setdefault(session, {})
+                moved[entry.key] = entry
+            self.policy.used(session, tier, now)
+        entry.session = session
+
+    def last_pages_first(self, session: str, tier: Tier) -> Iterator[PageEntry]:
+        """A session's pages in a tier, from the end of the conversation."""
+        return reversed(self._by_session[tier].get(session, {}).values())
+
+    def in_tier(self, tier: Tier) -> Iterator[PageEntry]:
+        """Every page in a tier, session by session."""
+        for pages in self._by_session[tier].values():
+            yield from pages.values()

@@ -1,0 +1,1 @@
+"""Workloads, and one file per claim of the paper with run() and plot()."""

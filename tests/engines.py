@@ -1,0 +1,140 @@
+"""Engines on the tiny model, and the answer they must give.
+
+The answer is independent of pages, pools and stores: the dense model run over the whole
+conversation again for every token.
+"""
+
+import functools
+
+import jax
+import numpy as np
+
+from cachedattn_jax.engine.engine import Engine, EngineConfig
+from cachedattn_jax.engine.request import Request
+from cachedattn_jax.model.config import LlamaConfig, preset
+from cachedattn_jax.model.llama import LlamaParams, init_params, model_of
+from cachedattn_jax.store.budget import StoreConfig
+from cachedattn_jax.store.placement import Tier
+
+PAGE_TOKENS = (4, 16)
+LAYERS_PER_GROUP = (1, 2, 4)
+
+
+@functools.cache
+def tiny_model(dtype: str = "float32") -> tuple[LlamaConfig, LlamaParams]:
+    config = preset("tiny", window=96, dtype=dtype)
+    return config, init_params(config, seed=0)
+
+
+def page_bytes(config: LlamaConfig, page_tokens: int) -> int:
+    item_bytes = 4 if config.dtype == "float32" else 2
+    per_token = config.num_layers * config.num_kv_heads * 2 * config.head_dim
+    return page_tokens * per_token * item_bytes
+
+
+def make_engine(
+    *,
+    page_tokens: int = 4,
+    layers_per_group: int = 2,
+    max_batch: int = 2,
+    chunk_tokens: tuple[int, ...] = (8, 32),
+    reuse="cached",
+    device_pages: int | None = None,
+    host_pages: int = 1000,
+    disk_pages: int = 0,
+    disk_root: str | None = None,
+    dtype: str = "float32",
+) -> Engine:
+    """An engine whose budgets are given in pages."""
+    config, params = tiny_model(dtype)
+    size = page_bytes(config, page_tokens)
+    window_pages = -(-config.window // page_tokens)
+    return Engine(
+        config,
+        params,
+        EngineConfig(
+            page_tokens=page_tokens,
+            layers_per_group=layers_per_group,
+            max_batch=max_batch,
+            chunk_tokens=chunk_tokens,
+            reuse=reuse,
+        ),
+        StoreConfig(
+            device_bytes=size * (device_pages or (max_batch + 2) * window_pages),
+            host_bytes=size * host_pages,
+            # An object is a page and its header.
+            disk_bytes=disk_pages * (size + 2048),
+            disk_root=disk_root,
+        ),
+        weights="tiny",
+    )
+
+
+@functools.cache
+def _dense(dtype: str):
+    config, params = tiny_model(dtype)
+    return jax.jit(model_of(config, params))
+
+
+def dense_logits(token_ids, dtype: str = "float32") -> np.ndarray:
+    """[tokens, vocab] of the dense model, padded to one shape so that it compiles once."""
+    config, _ = tiny_model(dtype)
+    padded = np.zeros((1, config.window), np.int32)
+    padded[0, : len(token_ids)] = token_ids
+    return np.asarray(_dense(dtype)(padded))[0, : len(token_ids)]
+
+
+def greedy_reply(prompt, num_tokens: int) -> tuple[list[int], list[float]]:
+    """The reply of the dense model, and how far each choice was from the second best."""
+    token_ids, margins = [int(token) for token in prompt], []
+    for _ in range(num_tokens):
+        second, best = np.sort(dense_logits(token_ids)[-1])[-2:]
+        margins.append(float(best - second))
+        token_ids.append(int(np.argmax(dense_logits(token_ids)[-1])))
+    return token_ids[len(prompt) :], margins
+
+
+def assert_same_reply(reply, expected, margins) -> None:
+    """Equal tokens, up to the first choice whose two best logits lie within 1e-4."""
+    for got, wanted, margin in zip(reply, expected, margins, strict=True):
+        if margin < 1e-4:
+            return
+        assert got == wanted, (reply, expected, margins)
+
+
+def ask(engine: Engine, session_id: str, token_ids, max_tokens: int = 4, **kwargs):
+    """Serves one turn and returns it."""
+    request = Request(
+        session_id=session_id,
+        token_ids=tuple(token_ids),
+        max_tokens=max_tokens,
+        **kwargs,
+    )
+    (turn,) = engine.run([request])
+    assert turn.error is None, turn.error
+    assert turn.tokens_from.total == len(turn.prompt)
+    return turn
+
+
+def random_tokens(rng: np.random.Generator, count: int) -> list[int]:
+    return rng.integers(1, 256, count).tolist()
+
+
+def assert_nothing_leaked(engine: Engine) -> None:
+    """All slots are free or hold a page that no turn holds; budgets are kept."""
+    store = engine.store
+    assert engine.scheduler.is_idle
+    resident = list(store.index.in_tier(Tier.DEVICE))
+    assert len(resident) + store.pool.num_free == store.pool.num_slots
+    assert len({e.slot for e in resident}) == len(resident)
+    assert not any(e.holds for tier in Tier for e in store.index.in_tier(tier))
+    assert_budgets_kept(engine)
+
+
+def assert_budgets_kept(engine: Engine) -> None:
+    store = engine.store
+    assert 0 <= store.host.used_bytes <= store.host.capacity_bytes
+    rows = sum(1 for _ in store.index.in_tier(Tier.HOST))
+    assert rows * store.layout.page_bytes <= store.host.used_bytes
+    if store.disk is not None:
+        assert 0 <= store.disk.used_bytes <= store.disk.capacity_bytes
