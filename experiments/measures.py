@@ -29,7 +29,7 @@ def spread(values: Iterable[float | None]) -> dict[str, float | None]:
     }
 
 
-def mode_summary(replayed: Replayed) -> dict[str, object]:
+def mode_summary(replayed: Replayed) -> dict:
     """One mode of a run.
 
     `ttft_s` includes queueing and `prefill_s` does not. `hit_rate` is the share of prompt
@@ -58,6 +58,7 @@ def mode_summary(replayed: Replayed) -> dict[str, object]:
         "ttft_s_later_turns": spread(turn.ttft_s for turn in later),
         "prefill_s": spread(turn.prefill_s for turn in turns),
         "prefill_s_later_turns": spread(turn.prefill_s for turn in later),
+        "prefill_total_s": sum(turn.prefill_s or 0.0 for turn in turns),
         "load_s": spread(turn.load_s for turn in turns),
         "tpot_s": spread(turn.tpot_s for turn in turns),
         "output_tokens": sum(len(turn.reply) for turn in turns),
@@ -102,6 +103,7 @@ def compare_tokens(
         assert np.array_equal(turn.prompt, other.prompt), (session_id, place)
         pairs = list(zip(turn.reply, other.reply, strict=False))
         index = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        assert index is not None or len(turn.reply) == len(other.reply)
         num_tokens += len(pairs) if index is None else index + 1
         if index is None:
             continue

@@ -68,12 +68,192 @@ def run(
         root = str(run_directory.fresh_folder("disk"))
         store = dataclasses.replace(store, disk_root=root)
 
+    run_directory.append_turns([])
     replays: dict[str, Replayed] = {}
+    traces = {}
     for mode in MODES:
-        mode_engine = dataclasses.replace(engine, reuse=mode)
-        with Engine(config, params, mode_engine, store, weights=weights) as served:
-            replays[mode] = _play(
-                console, run_directory, served, played, mode, seed, time_factor, replays
+        settings = dataclasses.replace(engine, reuse=mode)
+        with Engine(config, params, settings, store, weights=weights) as served:
+            said = replays[MODES[0]].turns if replays else None
+            replays[mode] = _play(console, served, played, mode, seed, time_factor, said)
+            traces[mode] = served.timeline.chrome_trace()
+        rows = [turn.row() for turn in replays[mode].turns.values()]
+        run_directory.append_turns([{"mode": mode, **row} for row in rows])
+    run_directory.write_timeline(traces["cached"])
+
+    summary = _summary(played, config, replays, seed)
+    _print_modes(console, summary["modes"])
+    figures = {
+        "Time to first token against history": _plot_ttft(replays),
+        "Where prompt tokens came from": _plot_sources(summary["modes"]),
+    }
+    write_report(run_directory, "Cached against recomputed", summary, figures)
+    _check_tokens(summary["comparison"])
+    return summary
+
+
+def _play(
+    console: Console,
+    engine: Engine,
+    workload: Workload,
+    mode: str,
+    seed: int,
+    time_factor: float,
+    transcript: Mapping[TurnName, Turn] | None,
+) -> Replayed:
+    with Progress(console=console) as progress:
+        compiling = progress.add_task(f"{mode}: compile", total=None)
+        engine.warm_up(
+            lambda name, done, total: progress.update(
+                compiling,
+                description=f"{mode}: compile {name}",
+                completed=done,
+                total=total,
             )
-    ...
-    return {}
+        )
+        progress.update(compiling, description=f"{mode}: programs compiled")
+        serving = progress.add_task(f"{mode}: turns", total=workload.num_turns)
+        return replay(
+            engine,
+            workload,
+            seed=seed,
+            time_factor=time_factor,
+            transcript=transcript,
+            on_turn=lambda turn: progress.advance(serving),
+        )
+
+
+def _summary(
+    workload: Workload, config: LlamaConfig, replays: Mapping[str, Replayed], seed: int
+) -> dict:
+    modes = {mode: mode_summary(replayed) for mode, replayed in replays.items()}
+    cached, recompute = modes["cached"], modes["recompute"]
+    tokens = compare_tokens(replays["cached"].turns, replays["recompute"].turns)
+    later = [m["prefill_s_later_turns"]["mean"] for m in (cached, recompute)]
+    speed = [m["prompt_tokens"] / m["prefill_total_s"] for m in (cached, recompute)]
+    comparison = {
+        "tokens_identical": not tokens.differences,
+        "turns_compared": tokens.num_turns,
+        "tokens_compared": tokens.num_tokens,
+        "ties": tokens.ties,
+        "differences": tokens.differences,
+        "ttft_reduction_later_turns": 1 - later[0] / later[1],
+        "prefill_speedup": speed[0] / speed[1],
+    }
+    return {
+        "workload": workload.describe(),
+        "model": {**dataclasses.asdict(config), "parameters": config.num_parameters},
+        "seed": seed,
+        "modes": modes,
+        "comparison": comparison,
+        "claims": _claims(cached, comparison),
+    }
+
+
+def _claims(cached: dict, comparison: dict) -> list[Claim]:
+    sources = cached["tokens_from"]
+    from_tiers = min(sources[tier] for tier in ("device", "host", "disk"))
+    is_complete = sum(sources.values()) == cached["prompt_tokens"]
+    identical = comparison["tokens_identical"]
+    reduction = comparison["ttft_reduction_later_turns"]
+    return [
+        Claim(name="tokens identical", value=identical, target=True, comparison="=="),
+        Claim(name="ties", value=len(comparison["ties"]), target=5, comparison="<="),
+        Claim(
+            name="every prompt token accounted for",
+            value=is_complete,
+            target=True,
+            comparison="==",
+        ),
+        Claim(name="sessions", value=cached["num_sessions"], target=24),
+        Claim(name="turns", value=cached["num_turns"], target=100),
+        Claim(
+            name="tokens served by the least used tier",
+            value=from_tiers,
+            target=1,
+            unit="tokens",
+        ),
+        Claim(
+            name="TTFT reduction of later turns, no queueing", value=reduction, target=0.8
+        ),
+        Claim(
+            name="prefill speed-up",
+            value=comparison["prefill_speedup"],
+            target=1.0,
+            unit="x",
+        ),
+    ]
+
+
+def _check_tokens(comparison: dict) -> None:
+    for difference in comparison["differences"]:
+        raise InvariantBroken(
+            f"token {difference.token_index} of turn {difference.place} of session"
+            f" {difference.session_id} differs between the modes, and its two best"
+            f" logits lie {difference.margin:.2g} apart"
+        )
+
+
+def _print_workload(console: Console, config: LlamaConfig, workload: Workload) -> None:
+    facts = workload.describe()
+    console.print(
+        f"{facts['num_sessions']} conversations of {facts['name']} with"
+        f" {facts['num_turns']} turns, message lengths times {workload.scale:g};"
+        f" {config.num_parameters / 1e6:.1f} M parameters, window {config.window}"
+    )
+
+
+def _print_modes(console: Console, modes: Mapping[str, dict]) -> None:
+    table = Table(title="Both modes, all times in ms", title_justify="left")
+    table.add_column("")
+    for mode in modes:
+        table.add_column(mode, justify="right")
+
+    def add(name: str, text) -> None:
+        table.add_row(name, *[text(summary) for summary in modes.values()])
+
+    def add_time(name: str, key: str) -> None:
+        for part in ("mean", "p95"):
+            add(f"{name}, {part}", lambda s: f"{1e3 * s[key][part]:.1f}")  # noqa: B023
+
+    add("prompt tokens", lambda s: f"{s['prompt_tokens']:,}")
+    for source in SOURCES:
+        add(f"  {source}", lambda s: f"{s['tokens_from'][source]:,}")  # noqa: B023
+    add("prefill tokens with padding", lambda s: f"{s['prefill_tokens_padded']:,}")
+    add("hit rate", lambda s: f"{100 * s['hit_rate']:.1f} %")
+    add_time("TTFT without queueing, later turns", "prefill_s_later_turns")
+    add_time("TTFT with queueing, later turns", "ttft_s_later_turns")
+    add_time("time per output token", "tpot_s")
+    add("output tokens", lambda s: f"{s['output_tokens']:,}")
+    add("wall time", lambda s: f"{1e3 * s['wall_s']:,.0f}")
+    console.print(table)
+
+
+def _plot_ttft(replays: Mapping[str, Replayed]) -> Figure:
+    """Each turn a dot: without the store the time grows with the history."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for mode, replayed in replays.items():
+        turns = replayed.turns.values()
+        axes.plot(
+            [len(turn.prompt) for turn in turns],
+            [1e3 * (turn.prefill_s or 0) for turn in turns],
+            ".",
+            label=mode,
+        )
+    axes.set(xlabel="prompt, tokens", ylabel="time to first token, ms", ylim=(0, None))
+    axes.legend()
+    return figure
+
+
+def _plot_sources(modes: Mapping[str, dict]) -> Figure:
+    figure, axes = plt.subplots(figsize=(7, 2), layout="constrained")
+    for row, (_, summary) in enumerate(modes.items()):
+        left = 0
+        for color, source in enumerate(SOURCES):
+            tokens = summary["tokens_from"][source]
+            label = source if row == 0 else None
+            axes.barh(row, tokens, left=left, color=f"C{color}", label=label)
+            left += tokens
+    axes.set(yticks=range(len(modes)), yticklabels=list(modes), xlabel="prompt tokens")
+    axes.legend(ncols=len(SOURCES), loc="upper center", bbox_to_anchor=(0.5, 1.4))
+    return figure

@@ -6,23 +6,28 @@ from hypothesis import strategies as st
 from cachedattn_jax.engine.prefill import plan_chunks
 
 
+SIZES = (16, 32, 64, 256)
+
+
 @given(st.integers(1, 5000))
 def test_every_token_is_computed_once_and_padding_is_small(num_tokens):
-    chunks = plan_chunks(num_tokens, (16, 64, 256))
+    chunks = plan_chunks(num_tokens, SIZES)
     assert sum(tokens for tokens, _ in chunks) == num_tokens
     assert all(0 < tokens <= size for tokens, size in chunks)
     padded = sum(size for _, size in chunks)
-    assert padded - num_tokens < max(16, 0.34 * num_tokens)
-    assert len(chunks) <= num_tokens // 256 + 8
+    assert padded - num_tokens < 64
+    assert len(chunks) <= num_tokens // 256 + 4
+
+
+@given(st.integers(1, 256))
+def test_no_single_piece_would_be_cheaper(num_tokens):
+    chunks = plan_chunks(num_tokens, SIZES)
+    cost = sum(size + 28 for _, size in chunks)
+    assert cost <= min(size + 28 for size in SIZES if size >= num_tokens)
 
 
 def test_chunks_are_as_large_as_they_can_be():
-    assert plan_chunks(600, (16, 64, 256)) == [
-        (256, 256),
-        (256, 256),
-        (64, 64),
-        (16, 16),
-        (8, 16),
-    ]
-    assert plan_chunks(250, (16, 64, 256)) == [(250, 256)]
-    assert plan_chunks(3, (16, 64)) == [(3, 16)]
+    assert plan_chunks(1000, SIZES)[:2] == [(256, 256), (256, 256)]
+    assert plan_chunks(250, SIZES) == [(250, 256)]
+    assert plan_chunks(17, SIZES) == [(17, 32)]
+    assert plan_chunks(3, SIZES) == [(3, 16)]

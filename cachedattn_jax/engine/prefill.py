@@ -22,6 +22,10 @@ from pallas_kernels.rope import RopeTables
 # Groups whose copies to the device are under way ahead of the one that computes.
 _READ_AHEAD = 2
 
+# What one more call of the prefill programs costs, in tokens: 28 M parameters on 2 CPU
+# cores took 8.5 ms for 16 tokens and 18 ms for 64.
+_CALL_TOKENS = 28
+
 _group = jax.jit(prefill_group, static_argnums=0, donate_argnums=3)
 _embed = jax.jit(embed, static_argnums=0)
 
@@ -34,24 +38,32 @@ def _first_token(config, params, last_tokens, x, last, seat, sampling, position)
     return last_tokens.at[seat].set(sampled.token_ids, mode="drop"), sampled
 
 
-def plan_chunks(
-    num_tokens: int, chunk_tokens: tuple[int, ...]
-) -> list[tuple[int, int]]:
-    """Cuts a prompt into (tokens, program size) pieces with little padding.
+def plan_chunks(num_tokens: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Cuts a prompt into (tokens, program size) pieces at the least cost.
 
-    A piece is padded to the next program size where that wastes at most a quarter of
-    it, otherwise the largest size that fits is filled whole; only the smallest size is
-    padded freely.
+    Whole pieces of the largest size first; the rest in the pieces whose padded tokens,
+    plus `_CALL_TOKENS` for each piece, are fewest.
     """
-    sizes = sorted(chunk_tokens)
-    chunks = []
-    while num_tokens:
-        size = next((s for s in sizes if s >= num_tokens), sizes[-1])
-        if num_tokens < 0.75 * size and size > sizes[0]:
-            size = max(s for s in sizes if s <= num_tokens)
-        chunks.append((min(num_tokens, size), size))
-        num_tokens -= chunks[-1][0]
-    return chunks
+    largest = max(sizes)
+    num_whole = max(0, num_tokens - largest) // largest
+    rest = num_tokens - num_whole * largest
+    return [(largest, largest)] * num_whole + _cheapest(rest, tuple(sorted(sizes)))[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _cheapest(
+    num_tokens: int, sizes: tuple[int, ...]
+) -> tuple[int, list[tuple[int, int]]]:
+    """(cost, pieces) of the cheapest plan."""
+    if not num_tokens:
+        return 0, []
+    plans = []
+    # Each size as the last piece, filled or padded; what is left comes before it.
+    for size in sizes:
+        tokens = min(num_tokens, size)
+        cost, pieces = _cheapest(num_tokens - tokens, sizes)
+        plans.append((cost + size + _CALL_TOKENS, [(tokens, size), *pieces]))
+    return min(plans, key=lambda plan: plan[0])
 
 
 class Prefill:

@@ -6,7 +6,7 @@ Knows budgets. Does not know arrays or pages; imports no jax.
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.placement import policy
@@ -37,10 +37,6 @@ class StoreConfig:
         for name in ("device_bytes", "host_bytes", "disk_bytes"):
             object.__setattr__(self, name, parse_bytes(name, getattr(self, name)))
         _check_memory("host_bytes", self.num_host_bytes)
-        if self.num_disk_bytes and self.disk_root is None:
-            raise ValueError(
-                f"disk_bytes={self.num_disk_bytes} needs a disk_root to write to"
-            )
         if self.num_disk_bytes and self.disk_root and "://" not in self.disk_root:
             _check_disk(self.disk_root, self.num_disk_bytes)
         policy(self.policy)
@@ -56,6 +52,11 @@ class StoreConfig:
     @property
     def num_disk_bytes(self) -> int:
         return int(self.disk_bytes)
+
+    @property
+    def device_only(self) -> "StoreConfig":
+        """The same without the lower tiers."""
+        return replace(self, host_bytes=0, disk_bytes=0, disk_root=None)
 
     def num_slots(self, layout: Layout) -> int:
         """Pages that fit in device memory."""

@@ -21,6 +21,7 @@ class Layout:
     Attributes:
         weights: identity of the weights, as `model.llama.weights_digest` gives it.
         rope: description of the rotation whose offsets are baked into stored keys.
+        norm_eps: of the model; like the weights it shapes every value.
         layers_per_group: consecutive layers that move together; it changes how pages
             travel, never what they hold, so it is not part of the digest.
     """
@@ -33,6 +34,7 @@ class Layout:
     dtype: str
     rope: str
     weights: str
+    norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
         if self.page_tokens < 1:
@@ -84,7 +86,7 @@ class Layout:
         """Pages that hold `num_tokens` tokens, the last one partly filled."""
         return -(-num_tokens // self.page_tokens)
 
-    def describe(self) -> dict[str, int | str]:
+    def describe(self) -> dict[str, int | float | str]:
         """Everything the digest covers, for people and for the root of a store."""
         return {
             "format_version": FORMAT_VERSION,
@@ -94,6 +96,7 @@ class Layout:
             "head_dim": self.head_dim,
             "dtype": self.dtype,
             "rope": self.rope,
+            "norm_eps": self.norm_eps,
             "page_tokens": self.page_tokens,
         }
 

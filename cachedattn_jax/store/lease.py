@@ -3,7 +3,7 @@
 Knows slots, runs and arrivals. Does not know why a page is where it is.
 """
 
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 import jax
@@ -65,3 +65,8 @@ class Lease:
     def is_ready(self) -> bool:
         """Whether every page has at least reached host memory."""
         return all(load.is_ready for load in self.loads)
+
+    def wait(self, timeout_s: float) -> None:
+        """Waits until it is ready, but not longer than this."""
+        reads = [load.source for load in self.loads if isinstance(load.source, Future)]
+        wait(reads, timeout_s)

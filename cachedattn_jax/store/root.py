@@ -98,7 +98,7 @@ def _open(url: str) -> ts.KvStore:
         ) from error
 
 
-def _check_same(url: str, text: bytes, wanted: dict[str, int | str]) -> None:
+def _check_same(url: str, text: bytes, wanted: dict[str, int | float | str]) -> None:
     try:
         found = json.loads(text)
         differing = [name for name in wanted if found.get(name) != wanted[name]]

@@ -54,10 +54,13 @@ class TieredStore:
             self.index.place(entry, Tier.DISK, time.monotonic())
 
     def _open_disk(self) -> DiskTier | None:
-        if self.root is None or not self.config.num_disk_bytes:
+        num_bytes = self.config.num_disk_bytes
+        if num_bytes and self.root is None:
+            raise ValueError(f"disk_bytes={num_bytes} needs a disk_root to write to")
+        if not num_bytes or self.root is None:
             return None
         dtype = np.dtype(self.pool.dtype)
-        return DiskTier(self.root, self.layout, self.config.num_disk_bytes, dtype)
+        return DiskTier(self.root, self.layout, num_bytes, dtype)
 
     # ---- a turn: acquire, settle, publish, commit, release ----
 

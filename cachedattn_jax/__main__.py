@@ -1,0 +1,5 @@
+"""`python -m cachedattn_jax` is the command `cachedattn`."""
+
+from cachedattn_jax.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""How turns are served: queue, prefill, decode, and what a user holds."""

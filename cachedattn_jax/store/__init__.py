@@ -1,0 +1,1 @@
+"""Where pages live: three tiers, their budgets, and who answers for what."""
