@@ -1,7 +1,7 @@
 """The command `cachedattn`. Knows options and exit codes; imports the rest when needed.
 
-Exit codes: 0 done, also where a claim missed its target; 1 an invariant was broken or the
-run failed; 2 the user's mistake, in one sentence.
+Exit codes: 0 done, also where a claim missed its target; 1 an invariant was broken or
+the run failed; 2 the user's mistake, in one sentence.
 """
 
 import os
@@ -122,7 +122,9 @@ def info() -> None:
     from cachedattn_jax.model.config import PRESETS
 
     console = Console()
-    console.print(f"cachedattn_jax {cachedattn_jax.__version__}, jax {jax.__version__},")
+    console.print(
+        f"cachedattn_jax {cachedattn_jax.__version__}, jax {jax.__version__},"
+    )
     console.print(f"Python {sys.version.split()[0]}")
     for device in jax.devices():
         kinds = ", ".join(memory.kind for memory in device.addressable_memories())

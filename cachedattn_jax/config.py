@@ -1,6 +1,7 @@
 """The boundary to gin: files and bindings in, a callable experiment out.
 
-Knows gin, and is the only module that does. Does not know what an experiment is made of.
+Knows gin, and is the only module that does. Does not know what an experiment is made
+of.
 
 A .gin file imports what it configures and names its experiment:
 
@@ -22,10 +23,12 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import no_type_check
 
 import gin
 
 
+@no_type_check  # gin passes what users write; checked here in words of ours
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """What `cachedattn run` runs.
@@ -36,12 +39,19 @@ class Experiment:
 
     run: Callable[..., dict[str, object]]
 
+    def __post_init__(self) -> None:
+        if not callable(self.run):
+            raise ValueError(
+                f"config.Experiment.run={self.run!r} must be a reference: @module.run"
+            )
+
 
 def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
     """Reads files and bindings, later ones winning, and returns their experiment.
 
     Raises:
-        ValueError: a name or a value is wrong; one sentence with the nearest right name.
+        ValueError: a name or a value is wrong; one sentence with the nearest right
+            name.
     """
     # Like `python -m`: a checkout's experiments are importable without being installed.
     if os.getcwd() not in sys.path:
@@ -101,7 +111,9 @@ def _alternatives(
     message: str, files: Sequence[str], bindings: Sequence[str]
 ) -> tuple[str, Iterable[str]]:
     """The wrong name in a message of gin's, and the names it could have been."""
-    if match := re.search(r"'([\w.]+)' doesn't have a parameter named '(\w+)'", message):
+    if match := re.search(
+        r"'([\w.]+)' doesn't have a parameter named '(\w+)'", message
+    ):
         return match[2], _parameters(match[1])
     if match := re.search(r"<module '([\w.]+)'.* has no attribute (\w+)", message):
         return match[2], dir(sys.modules[match[1]])

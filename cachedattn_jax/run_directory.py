@@ -54,8 +54,8 @@ class Claim:
     """
 
     name: str
-    value: float | bool | None
-    target: float | bool
+    value: int | float | bool | None
+    target: int | float | bool
     comparison: Literal[">=", "<=", "=="] = ">="
     unit: str = ""
     kind: Kind = "measured"
@@ -98,7 +98,9 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             found = {entry.name for entry in self.path.iterdir()}
         except OSError as error:
-            raise ValueError(f"output_dir={str(path)!r} cannot be used: {error}") from error
+            raise ValueError(
+                f"output_dir={str(path)!r} cannot be used: {error}"
+            ) from error
         if found and _MARK not in found:
             raise ValueError(
                 f"output_dir={str(path)!r} holds files that are not of a run"
@@ -154,7 +156,9 @@ def print_claims(claims: Sequence[Claim], console: Console) -> None:
     """The table a run ends with."""
     table = Table(title="Claims", title_justify="left")
     for name in ("claim", "value", "target", "unit", "kind", "holds"):
-        table.add_column(name, justify="right" if name in ("value", "target") else "left")
+        table.add_column(
+            name, justify="right" if name in ("value", "target") else "left"
+        )
     for claim in claims:
         table.add_row(
             claim.name,
@@ -167,7 +171,7 @@ def print_claims(claims: Sequence[Claim], console: Console) -> None:
     console.print(table)
 
 
-def _number(value: float | bool | None) -> str:
+def _number(value: int | float | bool | None) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -193,10 +197,18 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     """The commit of the checkout that runs, "+" for changes on top of it."""
     root = Path(__file__).parent.parent
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty=+",
+    ]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout[
-            :-1
-        ]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout[:-1]
     except (OSError, subprocess.CalledProcessError):
         return None

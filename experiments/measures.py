@@ -32,9 +32,9 @@ def spread(values: Iterable[float | None]) -> dict[str, float | None]:
 def mode_summary(replayed: Replayed) -> dict:
     """One mode of a run.
 
-    `ttft_s` includes queueing and `prefill_s` does not. `hit_rate` is the share of prompt
-    tokens that came from a tier; `history_hit_rate` is that of the tokens a session had
-    computed before, which is all that a session-exclusive cache could hit.
+    `ttft_s` includes queueing and `prefill_s` does not. `hit_rate` is the share of
+    prompt tokens that came from a tier; `history_hit_rate` is that of the tokens a
+    session had computed before, which is all that a session-exclusive cache could hit.
     """
     turns = list(replayed.turns.values())
     later = [turn for (_, place), turn in replayed.turns.items() if place]

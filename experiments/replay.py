@@ -61,8 +61,8 @@ def replay(
     """Serves every turn of a workload, each when its user would send it.
 
     A turn is sent with the whole conversation so far as its prompt. What the model said
-    before is taken from the transcript, if there is one, instead of from this engine, so
-    that one differing token cannot make all later turns differ.
+    before is taken from the transcript, if there is one, instead of from this engine,
+    so that one differing token cannot make all later turns differ.
 
     Args:
         time_factor: arrivals and think times are multiplied by this.

@@ -1,4 +1,4 @@
-"""One page of HTML a run can be read from. Knows summaries and figures, nothing else."""
+"""One page of HTML a run can be read from. Knows summaries and figures only."""
 
 import io
 import json
@@ -19,7 +19,8 @@ _PAGE = jinja2.Environment(autoescape=True).from_string(
 <style>
   body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto;
          padding: 0 1rem; color: #222; }
-  table { border-collapse: collapse; } td, th { padding: .25rem .75rem; text-align: left;
+  table { border-collapse: collapse; } td, th { padding: .25rem .75rem; text-align:
+  left;
          border-bottom: 1px solid #ddd; } td.number { text-align: right; }
   .missed { color: #b00; } .holds { color: #070; }
   svg { max-width: 100%; height: auto; } pre { overflow-x: auto; background: #f6f6f6;
@@ -54,11 +55,12 @@ def write_report(
     summary: Mapping,
     figures: Mapping[str, Figure],
 ) -> None:
-    """Writes report.html with the claims, the figures (which are closed) and the numbers."""
+    """Writes report.html: claims, figures (which it closes) and numbers."""
     page = _PAGE.render(
         title=title,
         claims=[
-            {**claim.row(), "value": _rounded(claim.value)} for claim in summary["claims"]
+            {**claim.row(), "value": _rounded(claim.value)}
+            for claim in summary["claims"]
         ],
         figures={name: _svg(figure) for name, figure in figures.items()},
         numbers=json.dumps(
@@ -70,7 +72,7 @@ def write_report(
     run_directory.write_text("report.html", page)
 
 
-def _rounded(value: float | bool | None) -> float | bool | None:
+def _rounded(value: int | float | bool | None) -> int | float | bool | None:
     return round(value, 4) if isinstance(value, float) else value
 
 

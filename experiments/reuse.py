@@ -1,8 +1,8 @@
 """Claim: reusing the KV cache of earlier turns gives the same tokens far sooner.
 
 Serves the same conversations twice on the same engine, once keeping the KV cache of
-finished turns in three tiers and once recomputing it (paper, section 4.1). Every turn of
-both modes has the same prompt; every token is compared.
+finished turns in three tiers and once recomputing it (paper, section 4.1). Every turn
+of both modes has the same prompt; every token is compared.
 
     cachedattn run configs/quickstart.gin        2 CPU cores, about 2 minutes
 
@@ -22,7 +22,7 @@ from rich.table import Table
 from cachedattn_jax.engine.engine import Engine, EngineConfig
 from cachedattn_jax.engine.turn import Turn
 from cachedattn_jax.model.config import LlamaConfig, preset
-from cachedattn_jax.model.llama import LlamaParams, init_params, weights_digest
+from cachedattn_jax.model.llama import init_params, weights_digest
 from cachedattn_jax.run_directory import Claim, InvariantBroken, RunDirectory
 from cachedattn_jax.store.budget import StoreConfig
 from experiments.measures import SOURCES, compare_tokens, mode_summary
@@ -75,7 +75,9 @@ def run(
         settings = dataclasses.replace(engine, reuse=mode)
         with Engine(config, params, settings, store, weights=weights) as served:
             said = replays[MODES[0]].turns if replays else None
-            replays[mode] = _play(console, served, played, mode, seed, time_factor, said)
+            replays[mode] = _play(
+                console, served, played, mode, seed, time_factor, said
+            )
             traces[mode] = served.timeline.chrome_trace()
         rows = [turn.row() for turn in replays[mode].turns.values()]
         run_directory.append_turns([{"mode": mode, **row} for row in rows])
@@ -174,7 +176,9 @@ def _claims(cached: dict, comparison: dict) -> list[Claim]:
             unit="tokens",
         ),
         Claim(
-            name="TTFT reduction of later turns, no queueing", value=reduction, target=0.8
+            name="TTFT reduction of later turns, no queueing",
+            value=reduction,
+            target=0.8,
         ),
         Claim(
             name="prefill speed-up",

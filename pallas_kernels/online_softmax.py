@@ -4,6 +4,7 @@ Knows the running maximum, sum and weighted sum. Does not know what a block hold
 """
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float
 
 
 @jax.tree_util.register_dataclass
+@no_type_check  # a pytree is also built of shapes and of what jax asks about it
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxState:
     """What is known of the softmax of each row after the blocks seen so far.

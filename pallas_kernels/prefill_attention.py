@@ -63,7 +63,7 @@ def prefill_attention(
         return add_block(state, score.reshape(batch, kv_heads, -1, key.shape[2]), value)
 
     num_blocks = -(-lengths.max() // (block_pages * page_tokens))
-    state = empty_state(rotated.shape)
+    state = empty_state((batch, kv_heads, rotated.shape[2], head_dim))
     state = jax.lax.fori_loop(0, num_blocks, attend_block, state)
     output = finish(state).reshape(batch, heads, new_tokens, head_dim)
     return jnp.moveaxis(output, 1, 2).astype(query.dtype)

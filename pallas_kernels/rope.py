@@ -11,6 +11,7 @@ page) as q^T R(n - m) k. A page stores R(j) k, so a page holds no absolute posit
 """
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float
 
 
 @jax.tree_util.register_dataclass
+@no_type_check  # a pytree is also built of shapes and of what jax asks about it
 @dataclass(frozen=True, kw_only=True)
 class RopeTables:
     """Cosines and sines of every offset inside a page and of every whole page, float32.

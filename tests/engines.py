@@ -5,6 +5,7 @@ conversation again for every token.
 """
 
 import functools
+from typing import Literal
 
 import jax
 import numpy as np
@@ -38,7 +39,7 @@ def make_engine(
     layers_per_group: int = 2,
     max_batch: int = 2,
     chunk_tokens: tuple[int, ...] = (8, 32),
-    reuse="cached",
+    reuse: Literal["cached", "recompute"] = "cached",
     device_pages: int | None = None,
     host_pages: int = 1000,
     disk_pages: int = 0,
@@ -77,7 +78,7 @@ def _dense(dtype: str):
 
 
 def dense_logits(token_ids, dtype: str = "float32") -> np.ndarray:
-    """[tokens, vocab] of the dense model, padded to one shape so that it compiles once."""
+    """[tokens, vocab] of the dense model, padded so that it compiles once."""
     config, _ = tiny_model(dtype)
     padded = np.zeros((1, config.window), np.int32)
     padded[0, : len(token_ids)] = token_ids
@@ -85,7 +86,7 @@ def dense_logits(token_ids, dtype: str = "float32") -> np.ndarray:
 
 
 def greedy_reply(prompt, num_tokens: int) -> tuple[list[int], list[float]]:
-    """The reply of the dense model, and how far each choice was from the second best."""
+    """The reply of the dense model, and each choice's margin over the second best."""
     token_ids, margins = [int(token) for token in prompt], []
     for _ in range(num_tokens):
         second, best = np.sort(dense_logits(token_ids)[-1])[-2:]

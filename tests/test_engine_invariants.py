@@ -97,10 +97,8 @@ def test_tokens_equal_recomputation_whatever_the_batch_and_the_chunks(
             room = WINDOW - len(said.get(session, [])) - 6
             if room < 1:
                 continue
-            new = random_tokens(rng, rng.integers(1, min(room, 25) + 1))
-            requests.append(
-                Request(session_id=session, token_ids=new, max_tokens=5)
-            )
+            new = random_tokens(rng, int(rng.integers(1, min(room, 25) + 1)))
+            requests.append(Request(session_id=session, token_ids=new, max_tokens=5))
         turns = [cached.submit(request) for request in requests]
         while not cached.scheduler.is_idle:
             cached.step()

@@ -76,7 +76,9 @@ def test_any_flipped_bit_that_matters_is_detected(data):
     damaged = bytearray(stored)
     damaged[bit // 8] ^= 1 << bit % 8
     padding = range(
-        payload_offset(LAYOUT) - 64 + len(stored[: payload_offset(LAYOUT)].rstrip(b"\0")),
+        payload_offset(LAYOUT)
+        - 64
+        + len(stored[: payload_offset(LAYOUT)].rstrip(b"\0")),
         payload_offset(LAYOUT),
     )
     try:

@@ -68,7 +68,9 @@ def test_decode_attention_matches_dense_attention(page_tokens, dtype, storage):
 @pytest.mark.parametrize("page_tokens", [4, 16])
 @pytest.mark.parametrize(("dtype", "storage"), STORAGE)
 @pytest.mark.parametrize("num_new", [1, 5, 16, 33])
-def test_prefill_attention_matches_dense_attention(page_tokens, dtype, storage, num_new):
+def test_prefill_attention_matches_dense_attention(
+    page_tokens, dtype, storage, num_new
+):
     starts = [0, 1, page_tokens - 1, page_tokens, page_tokens + 1, 7 * page_tokens]
     lengths = [start + num_new for start in starts]
     problem = make_problem(

@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 from cachedattn_jax.engine.prefill import plan_chunks
 
-
 SIZES = (16, 32, 64, 256)
 
 

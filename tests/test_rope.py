@@ -13,7 +13,9 @@ def test_offset_after_page_rotation_equals_the_absolute_rotation(position):
     tables = rope_tables(inverse_frequencies(64), page_tokens=64, num_pages=2048)
     x = np.random.default_rng(0).normal(size=(1, 3, 64))
     page, offset = divmod(position, 64)
-    got = rotate(jnp.asarray(x, jnp.float32), tables.page_cos[page], tables.page_sin[page])
+    got = rotate(
+        jnp.asarray(x, jnp.float32), tables.page_cos[page], tables.page_sin[page]
+    )
     got = rotate(got, tables.offset_cos[offset], tables.offset_sin[offset])
     expected = rotate_absolute(x, np.asarray([position]))
     np.testing.assert_allclose(np.asarray(got), expected, atol=2e-6)

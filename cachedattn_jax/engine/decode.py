@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cachedattn_jax.model.config import LlamaConfig
-from cachedattn_jax.model.llama import LlamaParams
 
 from cachedattn_jax.engine.request import SamplingParams
 from cachedattn_jax.engine.sampling import Sampled, sample, sampling_batch
+from cachedattn_jax.model.config import LlamaConfig
+from cachedattn_jax.model.llama import LlamaParams
 from cachedattn_jax.model.paged import decode_step
 from cachedattn_jax.store.device_pool import DevicePool
 from pallas_kernels.rope import RopeTables

@@ -10,12 +10,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, no_type_check
 
 import jax
 import numpy as np
-from cachedattn_jax.model.config import LlamaConfig
-from cachedattn_jax.model.llama import LlamaParams, weights_digest
 
 from cachedattn_jax.engine.decode import Decode, Row
 from cachedattn_jax.engine.events import Timeline
@@ -27,6 +25,8 @@ from cachedattn_jax.engine.scheduler import Scheduler
 from cachedattn_jax.engine.session import Session
 from cachedattn_jax.engine.turn import FinishReason, Times, Turn
 from cachedattn_jax.engine.warm_up import warm_up
+from cachedattn_jax.model.config import LlamaConfig
+from cachedattn_jax.model.llama import LlamaParams, weights_digest
 from cachedattn_jax.store.budget import StoreConfig
 from cachedattn_jax.store.catalog import SessionRecord, check_id, session_key
 from cachedattn_jax.store.layout import Layout
@@ -35,12 +35,13 @@ from cachedattn_jax.store.placement import QueueView
 from cachedattn_jax.store.tiered_store import TieredStore
 from pallas_kernels.rope import rope_tables
 
-
-# How long decoding pauses for pages that a starting turn needs from disk. They often come
-# within this (22 pages of 0.5 MiB in 7 ms); a decode step would keep the turn longer.
+# How long decoding pauses for pages that a starting turn needs from disk. They often
+# come within this (22 pages of 0.5 MiB in 7 ms); a decode step would keep the turn
+# longer.
 _PATIENCE_S = 0.02
 
 
+@no_type_check  # gin passes what users write; checked here in words of ours
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How the engine cuts and batches its work.
@@ -62,10 +63,13 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "chunk_tokens", tuple(self.chunk_tokens))
-        if self.max_batch < 1:
-            raise ValueError(f"max_batch={self.max_batch} must be at least 1")
-        if not self.chunk_tokens or min(self.chunk_tokens) < 1:
-            raise ValueError(f"chunk_tokens={self.chunk_tokens} must be sizes above 0")
+        for name in ("page_tokens", "layers_per_group", "max_batch"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number from 1 on")
+        sizes = self.chunk_tokens
+        if not sizes or not all(isinstance(s, int) and s > 0 for s in sizes):
+            raise ValueError(f"chunk_tokens={sizes} must be whole numbers from 1 on")
         if self.reuse not in ("cached", "recompute"):
             raise ValueError(f"reuse={self.reuse!r} is not 'cached' or 'recompute'")
 
@@ -124,7 +128,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.config = config or EngineConfig()
-        device = device or jax.devices()[0]
+        device = device if device is not None else jax.devices()[0]
         layout = self._layout(weights or weights_digest(params))
         store_config = store or StoreConfig()
         if self.config.reuse == "recompute":
@@ -146,7 +150,7 @@ class Engine:
             rope,
             self.store.pool,
             chunk_tokens=self.config.chunk_tokens,
-            puts_first=device.platform != "tpu",
+            puts_first=self.store.pool.platform != "tpu",
         )
         self._decode = Decode(
             model,
@@ -266,8 +270,8 @@ class Engine:
         turn = self.scheduler.next()
         if turn is None:
             return
-        # The turn starts on an idle device, or its prefill would be timed with a step of
-        # others in it.
+        # The turn starts on an idle device, or its prefill would be timed with a step
+        # of others in it.
         self._collect(leave=0)
         try:
             plan = self._plan(turn)

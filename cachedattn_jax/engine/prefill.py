@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import jax
 import numpy as np
-from cachedattn_jax.model.config import LlamaConfig
-from cachedattn_jax.model.llama import LlamaParams, embed, unembed
 
 from cachedattn_jax.engine.sampling import Sampled, SamplingBatch, sample
+from cachedattn_jax.model.config import LlamaConfig
+from cachedattn_jax.model.llama import LlamaParams, embed, unembed
 from cachedattn_jax.model.paged import prefill_group
 from cachedattn_jax.store.device_pool import DevicePool
 from cachedattn_jax.store.lease import Load

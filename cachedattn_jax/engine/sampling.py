@@ -1,6 +1,7 @@
 """The next token from logits, on the device. Knows no sessions, pages or batches."""
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from cachedattn_jax.engine.request import SamplingParams
 
 
 @jax.tree_util.register_dataclass
+@no_type_check  # a pytree is also built of shapes and of what jax asks about it
 @dataclass(frozen=True, kw_only=True)
 class SamplingBatch:
     """The sampling parameters of a batch, a row a sequence.
@@ -26,6 +28,7 @@ class SamplingBatch:
 
 
 @jax.tree_util.register_dataclass
+@no_type_check  # a pytree is also built of shapes and of what jax asks about it
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
     """The chosen tokens, and how far the best logit lies above the second best."""

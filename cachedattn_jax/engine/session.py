@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 from cachedattn_jax.engine.request import Request, SamplingParams
@@ -58,7 +58,7 @@ class Session:
         max_tokens: int = 128,
         stop_token_ids: Sequence[int] = (),
         sampling: SamplingParams | None = None,
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Takes a turn and yields the reply token by token.
 
         The turn is queued at once, so mistakes raise here. Other turns of the engine go
@@ -73,7 +73,7 @@ class Session:
         )
         return self._replies(turn)
 
-    def _replies(self, turn: Turn) -> Iterator[int]:
+    def _replies(self, turn: Turn) -> Generator[int, None, None]:
         num_yielded = 0
         try:
             while not turn.is_finished or num_yielded < len(turn.reply):

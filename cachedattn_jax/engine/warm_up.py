@@ -54,5 +54,5 @@ def _prefill(prefill: Prefill, decode: Decode, pool: DevicePool, size: int) -> N
 
 def _copy(pool: DevicePool, size: int) -> None:
     nowhere = np.full(size, pool.num_slots, np.int32)
-    for group, pages in enumerate(pool.extract(nowhere)):
+    for group, pages in enumerate(pool.extract(nowhere.tolist())):
         pool.install(group, pool.put(pages), nowhere)

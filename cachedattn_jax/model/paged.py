@@ -7,10 +7,10 @@ These are pure functions to be jitted by the engine with their pools donated.
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from cachedattn_jax.model.config import LlamaConfig
-from cachedattn_jax.model.llama import LlamaParams, apply_layer, embed, unembed
 from jaxtyping import Array, Float, Int, Shaped
 
+from cachedattn_jax.model.config import LlamaConfig
+from cachedattn_jax.model.llama import LlamaParams, apply_layer, embed, unembed
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.page_copy import append_tokens
 from pallas_kernels.prefill_attention import prefill_attention

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass, replace
+from typing import no_type_check
 
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.placement import policy
@@ -15,6 +16,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
+@no_type_check  # gin passes what users write; checked here in words of ours
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     """Budgets of the tiers, in total and not per device.
@@ -63,6 +65,7 @@ class StoreConfig:
         return self.num_device_bytes // layout.page_bytes
 
 
+@no_type_check
 def parse_bytes(name: str, value: int | str) -> int:
     """Bytes meant by a number or by text such as "64 GiB" or "500MB".
 

@@ -48,6 +48,7 @@ class DevicePool:
     def __init__(self, layout: Layout, num_slots: int, device: jax.Device) -> None:
         self.layout = layout
         self.num_slots = num_slots
+        self.platform = device.platform
         self.dtype = storage_dtype(layout, device.platform)
         self.device_sharding = jax.sharding.SingleDeviceSharding(device)
         self.host_sharding = self.device_sharding.with_memory_kind("pinned_host")
@@ -59,8 +60,8 @@ class DevicePool:
         """Makes every slot free and every array new; what they held is lost."""
         shape = (self.num_slots, *self.layout.group_shape)
         self.arrays.clear()
-        # Committed to the device like everything that is put there: an argument that turns
-        # from uncommitted to committed is a new program to jit.
+        # Committed to the device like everything that is put there: an argument that
+        # turns from uncommitted to committed is a new program to jit.
         self.arrays += [
             jnp.zeros(shape, self.dtype, device=self.device_sharding)
             for _ in range(self.layout.num_groups)

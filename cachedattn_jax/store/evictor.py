@@ -70,7 +70,8 @@ class Evictor:
             if self._writes:
                 started = time.monotonic()
                 self._settle_oldest()
-                self._counters["save_wait_s"] += time.monotonic() - started
+                waited_us = 1e6 * (time.monotonic() - started)
+                self._counters["save_wait_us"] += int(waited_us)
         return True
 
     def write(

@@ -94,8 +94,9 @@ class TieredStore:
         ]
         tokens_from = dict.fromkeys(Tier, 0)
         for entry in found:
-            is_tail = tail is not None and entry.key == tail.key
-            tokens = len(tail.token_ids) if is_tail else self.layout.page_tokens
+            tokens = self.layout.page_tokens
+            if tail is not None and entry.key == tail.key:
+                tokens = len(tail.token_ids)
             tokens_from[entry.tiers[0]] += tokens
         lease = Lease(
             session=session,
@@ -217,7 +218,7 @@ class TieredStore:
                 self._evictor.retire(entry)
 
     def close(self) -> None:
-        """Writes what only memory holds to disk, as far as it fits; ends the threads."""
+        """Writes what only memory holds to disk, as far as it fits; stops threads."""
         self._evictor.drain()
         if self.root:
             self.root.close()

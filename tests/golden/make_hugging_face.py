@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
 
 GOLDEN = Path(__file__).parent / "hugging_face"
 
