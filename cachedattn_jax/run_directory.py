@@ -131,6 +131,12 @@ class RunDirectory:
         }
         self.write_text(_MARK, json.dumps(environment, indent=1))
 
+    def note_environment(self, **facts: object) -> None:
+        """Adds facts, such as the seed, to environment.json."""
+        path = self.path / _MARK
+        known = json.loads(path.read_text()) if path.exists() else {}
+        self.write_text(_MARK, json.dumps(known | facts, indent=1))
+
     def write_text(self, name: str, text: str) -> None:
         """Writes a file whole: a reader sees the old one or the new one."""
         part = self.path / f".{name}.part"

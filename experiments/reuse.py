@@ -68,7 +68,7 @@ def run(
         root = str(run_directory.fresh_folder("disk"))
         store = dataclasses.replace(store, disk_root=root)
 
-    run_directory.append_turns([])
+    run_directory.note_environment(seed=seed, weights=weights)
     replays: dict[str, Replayed] = {}
     traces = {}
     for mode in MODES:

@@ -11,7 +11,8 @@ from cachedattn_jax.store import device_pool
 from cachedattn_jax.store.placement import Tier
 from tests.engines import ask, make_engine, random_tokens, tiny_model
 
-NUM_SLOTS = 4096
+# Many, so that a copy of a pool would dwarf what attention needs; no memory is taken.
+NUM_SLOTS = 32_768
 
 
 def pool_shapes(engine):
