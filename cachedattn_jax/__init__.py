@@ -5,6 +5,7 @@ more than the leaf needs.
 """
 
 import importlib
+from typing import Any
 
 _PUBLIC = {
     "Engine": "cachedattn_jax.engine.engine",
@@ -26,7 +27,7 @@ __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -5,7 +5,8 @@ the run failed; 2 the user's mistake, in one sentence.
 """
 
 import os
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +14,28 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+_HELP = """Serve multi-turn conversations with a KV cache that outlives the turn.
+
+Start with `cachedattn run configs/quickstart.gin`: real conversations served twice,
+once from the cache and once recomputing their history, with every token compared.
+"""
+
+_RUN_HELP = """Run an experiment and write its run directory.
+
+Examples:
+
+    cachedattn run configs/quickstart.gin
+
+    cachedattn run configs/quickstart.gin --gin_bindings 'reuse.run.seed = 1' \\
+        --output_dir runs/seed1
+
+The run directory then holds summary.json with the claims, turns.jsonl with one row per
+turn, report.html, timeline.json.gz for Perfetto, and operative.gin, which repeats the
+run: `cachedattn run runs/seed1/operative.gin --output_dir runs/again`.
+"""
+
 app = typer.Typer(
     name="cachedattn",
-    help="Serve multi-turn conversations with a KV cache that outlives the turn.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -28,89 +48,102 @@ def main() -> None:
     app()
 
 
-@app.command()
+@app.callback(help=_HELP)
+def _commands() -> None:
+    pass
+
+
+@app.command(help=_RUN_HELP)
 def run(
     configs: Annotated[
-        list[str] | None, typer.Argument(help="gin files, later ones win")
+        list[str] | None,
+        typer.Argument(metavar="FILE.gin", help="Gin files; later ones win."),
     ] = None,
     gin_file: Annotated[
-        list[str] | None, typer.Option("--gin_file", help="one more gin file")
+        list[str] | None,
+        typer.Option("--gin_file", help="One more gin file. Repeatable."),
     ] = None,
     gin_bindings: Annotated[
         list[str] | None,
-        typer.Option("--gin_bindings", help="one binding, 'module.name.parameter = 3'"),
+        typer.Option(
+            "--gin_bindings",
+            help="'module.name.parameter = value', wins over the files. Repeatable.",
+        ),
     ] = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option("--output_dir", help="default: runs/NAME OF THE LAST FILE"),
+        typer.Option(
+            "--output_dir",
+            help="New, empty, or of an earlier run, which is replaced."
+            " Default: runs/NAME of the last file.",
+        ),
     ] = None,
     debug: Annotated[
-        bool, typer.Option("--debug", help="show where in the code a run failed")
+        bool,
+        typer.Option("--debug", help="Show where in the code a mistake was found."),
     ] = False,
 ) -> None:
-    """Run an experiment and write its run directory.
-
-    Example:
-
-        cachedattn run configs/quickstart.gin --gin_bindings 'reuse.run.seed = 1'
-
-    The directory then holds summary.json, turns.jsonl, report.html, a timeline for
-    Perfetto, and operative.gin, which repeats the run.
-    """
     files = [*(configs or []), *(gin_file or [])]
-    console = Console()
-    try:
-        _run(files, gin_bindings or [], output_dir, console)
-    except ValueError as error:
-        _stop(error, 2, debug)
-    except Exception as error:
-        _stop(error, 1, debug)
+    with _exit_codes(debug):
+        if not files:
+            raise ValueError("no gin file is named; try configs/quickstart.gin")
+        _run(
+            files, gin_bindings or [], output_dir or Path("runs", Path(files[-1]).stem)
+        )
 
 
-def _run(
-    files: list[str], bindings: list[str], output_dir: Path | None, console: Console
-) -> None:
-    if not files:
-        raise ValueError("no gin file is named; try configs/quickstart.gin")
+def _run(files: list[str], bindings: list[str], output_dir: Path) -> None:
     _keep_compiled_programs()
-    import jax
-
     from cachedattn_jax import config
-    from cachedattn_jax.run_directory import RunDirectory, print_claims
+    from cachedattn_jax.run_directory import RunDirectory, claims_of, print_claims
 
     experiment = config.load(files, bindings)
-    directory = RunDirectory(output_dir or Path("runs") / Path(files[-1]).stem)
-    directory.write_environment(device=jax.devices()[0].device_kind, gin_files=files)
-    directory.write_text("config.gin", config.config_text())
+    facts = {"seed": experiment.seed, "gin_files": files, "gin_bindings": bindings}
+    directory = RunDirectory(
+        output_dir, config=config.config_str(), facts={**facts, **_device_facts()}
+    )
     try:
-        summary = experiment.run(directory)
+        summary = experiment.start(directory)
+        claims = claims_of(summary)
     finally:
-        directory.write_text("operative.gin", config.operative_text())
+        if directory.is_open:
+            directory.write_text("operative.gin", config.operative_str())
     directory.write_summary(summary)
-    claims = summary["claims"]
-    assert isinstance(claims, list)
+    console = Console()
+    console.print(f"Everything is in {directory.path}/.", highlight=False)
     print_claims(claims, console)
-    console.print(f"Everything is in {directory.path}/ (open report.html).")
 
 
-def _stop(error: Exception, code: int, debug: bool) -> None:
-    if debug:
-        raise error
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    what = "broken invariant" if type(error).__name__ == "InvariantBroken" else "error"
-    if code == 1 and what == "error":
-        text = f"{type(error).__name__}: {text} (--debug shows where)"
-    typer.echo(f"cachedattn: {what}: {text}", err=True)
-    raise typer.Exit(code)
+@contextmanager
+def _exit_codes(debug: bool) -> Iterator[None]:
+    from cachedattn_jax.run_directory import InvariantBroken
+
+    try:
+        yield
+    except InvariantBroken as error:
+        typer.echo(f"cachedattn: broken invariant: {error}", err=True)
+        raise typer.Exit(1) from None
+    except ValueError as error:
+        if debug:
+            raise
+        typer.echo(f"cachedattn: error: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 def _keep_compiled_programs() -> None:
     """Turns on JAX's persistent compilation cache: a second start is 5 times faster."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    directory = str(cache / "cachedattn_jax" / "xla")
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = str(Path(caches) / "cachedattn_jax" / "xla")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", directory)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def _device_facts() -> dict[str, object]:
+    import jax
+
+    devices = jax.devices()
+    return {"device": devices[0].device_kind, "num_devices": len(devices)}
 
 
 @app.command()
@@ -118,19 +151,29 @@ def info() -> None:
     """Show versions, devices, memory and the model presets."""
     import jax
 
-    import cachedattn_jax
+    from cachedattn_jax.run_directory import environment, versions
+
+    console = Console(highlight=False)
+    console.print(
+        ", ".join(f"{name} {version}" for name, version in versions().items())
+    )
+    facts = environment()
+    console.print(f"Python {facts['python']} on {facts['platform']}")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    console.print(f"host: {facts['num_cpus']} cores, {memory / 2**30:.1f} GiB")
+    for device in jax.devices():
+        kinds = ", ".join(sorted(m.kind for m in device.addressable_memories()))
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        size = f"{limit / 2**30:.1f} GiB, " if limit else ""
+        console.print(
+            f"device {device.id}: {device.device_kind}, {size}memories {kinds}"
+        )
+    console.print(_presets_table())
+
+
+def _presets_table() -> Table:
     from cachedattn_jax.model.config import PRESETS
 
-    console = Console()
-    console.print(
-        f"cachedattn_jax {cachedattn_jax.__version__}, jax {jax.__version__},"
-    )
-    console.print(f"Python {sys.version.split()[0]}")
-    for device in jax.devices():
-        kinds = ", ".join(memory.kind for memory in device.addressable_memories())
-        console.print(f"device {device.id}: {device.device_kind}, memories {kinds}")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    console.print(f"host memory: {memory / 2**30:.1f} GiB, {os.cpu_count()} cores")
     table = Table(title="Model presets", title_justify="left")
     for name in ("preset", "parameters", "layers", "kv heads", "window", "KV/token"):
         table.add_column(name, justify="left" if name == "preset" else "right")
@@ -145,4 +188,4 @@ def info() -> None:
             f"{model.window:,}",
             f"{per_token * item_bytes / 2**10:,.0f} KiB",
         )
-    console.print(table)
+    return table

@@ -1,9 +1,9 @@
-"""The boundary to gin: files and bindings in, a callable experiment out.
+"""The boundary to gin: files and bindings in, an experiment that can be started out.
 
-Knows gin, and is the only module that does. Does not know what an experiment is made
-of.
+Knows gin, and is the only module that does. Does not know what experiments do.
 
-A .gin file imports what it configures and names its experiment:
+A .gin file imports what it configures and names its experiment. Each file enables
+dynamic registration itself, so that no other module has to know gin:
 
     from __gin__ import dynamic_registration
     from cachedattn_jax import config
@@ -13,131 +13,136 @@ A .gin file imports what it configures and names its experiment:
     reuse.run.seed = 3
 """
 
-import difflib
+import copy
 import importlib.util  # noqa: F401  gin 0.5 uses it without importing it
 import inspect
 import logging
 import os
-import pkgutil
-import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import no_type_check
 
 import gin
 
+from cachedattn_jax.config_mistakes import (
+    Line,
+    binding_place,
+    check_macros,
+    imports,
+    read_lines,
+    sentence,
+)
 
-@no_type_check  # gin passes what users write; checked here in words of ours
+
+# Holds what a user wrote in a file, of any type: __post_init__ answers in words.
+@no_type_check
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What `cachedattn run` runs.
+    """What a .gin file names.
 
     Attributes:
-        run: called with the run directory; returns the summary, claims included.
+        run: called with the run directory; returns the summary, `claims` included.
     """
 
-    run: Callable[..., dict[str, object]]
+    run: Callable[..., Mapping[str, object]]
 
     def __post_init__(self) -> None:
         if not callable(self.run):
-            raise ValueError(
-                f"config.Experiment.run={self.run!r} must be a reference: @module.run"
-            )
+            raise ValueError(f"run={self.run!r} must be a reference such as @reuse.run")
 
 
-def load(files: Sequence[str], bindings: Sequence[str]) -> Experiment:
-    """Reads files and bindings, later ones winning, and returns their experiment.
+@dataclass(frozen=True, kw_only=True)
+class LoadedExperiment:
+    """An experiment, ready to start, and the lines that set its parameters."""
+
+    run: Callable[..., Mapping[str, object]]
+    lines: Sequence[Line]
+
+    @property
+    def seed(self) -> object:
+        """The value of the parameter `seed`; None where there is no such parameter."""
+        bound = gin.get_bindings(self.run, resolve_references=False)
+        if "seed" in bound:
+            return copy.deepcopy(bound["seed"])  # how gin resolves a macro
+        parameter = inspect.signature(self.run).parameters.get("seed")
+        return None if parameter is None else parameter.default
+
+    def start(self, run_directory: object) -> Mapping[str, object]:
+        """Runs the experiment and returns its summary.
+
+        Raises:
+            ValueError: a value is wrong or missing; the experiment was not entered.
+        """
+        try:
+            return self.run(run_directory)
+        except Exception as error:
+            # gin makes all arguments before it calls the function.
+            code = getattr(inspect.unwrap(self.run), "__code__", None)
+            walked = traceback.walk_tb(error.__traceback__)
+            if code and code not in [frame.f_code for frame, _ in walked]:
+                raise ValueError(sentence(error, self.lines)) from error
+            # gin raises a copy with a longer message; its context is the original.
+            original = error.__context__ or error
+            raise original from original.__cause__
+
+
+def load(files: Sequence[str], bindings: Sequence[str] = ()) -> LoadedExperiment:
+    """Reads files, then bindings, later ones winning, and returns their experiment.
+
+    A binding may use every name that the files import.
 
     Raises:
-        ValueError: a name or a value is wrong; one sentence with the nearest right
-            name.
+        ValueError: a name is wrong or missing; says where, and the nearest right name.
     """
-    # Like `python -m`: a checkout's experiments are importable without being installed.
-    if os.getcwd() not in sys.path:
+    # Like `python -m`: the experiments of a checkout need not be installed.
+    if sys.path[:1] != [os.getcwd()]:
         sys.path.insert(0, os.getcwd())
-    for file in files:
-        if not os.path.isfile(file):
-            raise ValueError(f"there is no file {file!r}; see configs/ for examples")
-    # It logs an error for each place that an include is not in.
-    logging.getLogger().setLevel(logging.CRITICAL)
+    lines = read_lines(files, bindings)
     gin.clear_config()
-    try:
-        gin.parse_config_files_and_bindings(list(files), list(bindings))
-        return gin.get_configurable(Experiment)()
-    except (
-        ValueError,
-        TypeError,
-        NameError,
-        AttributeError,
-        ImportError,
-        SyntaxError,
-        OSError,
-        RuntimeError,
-    ) as error:
-        raise ValueError(_sentence(error, files, bindings)) from error
+    for file in files:
+        with _mistakes_explained(lines, file):
+            gin.parse_config_file(file)
+    for binding in bindings:
+        with _mistakes_explained(lines, binding_place(binding)):
+            gin.parse_config([*imports(lines), binding])
+    with _mistakes_explained(lines):
+        gin.finalize()
+        check_macros(lines)
+        run = _named_experiment(lines)
+    return LoadedExperiment(run=run, lines=lines)
 
 
-def config_text() -> str:
+def config_str() -> str:
     """All bindings that were read."""
     return gin.config_str()
 
 
-def operative_text() -> str:
+def operative_str() -> str:
     """All parameters that were used, defaults included; running it repeats the run."""
     return gin.operative_config_str()
 
 
-def _sentence(error: Exception, files: Sequence[str], bindings: Sequence[str]) -> str:
-    """The first line of gin's message, where it is, and the nearest right name."""
-    lines = str(error).splitlines()
-    place = next((line.strip() for line in lines if re.search(r"line \d+", line)), "")
-    message = lines[0].strip() if lines else type(error).__name__
-    wrong, candidates = _alternatives(message, files, bindings)
-    if message.startswith("Couldn't resolve selector"):
-        message = f"{wrong!r} does not exist"
-    if match := re.match(r"No bindings specified for '(.*)/gin.macro'", message):
-        message = f"the macro {match[1]!r} is used but not set"
-    if "required keyword-only argument: 'run'" in message:
-        message = "no experiment is named; bind config.Experiment.run = @module.run"
-    message = message.rstrip(".")
-    if place and place not in message:
-        message += f" ({place[0].lower()}{place[1:].rstrip(':')})"
-    nearest = difflib.get_close_matches(wrong, candidates, n=1, cutoff=0.4)
-    return message + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+def _named_experiment(lines: Sequence[Line]) -> Callable[..., Mapping[str, object]]:
+    # gin knows the class only once a file has used it.
+    if not any("Experiment" in line.code for line in lines):
+        raise ValueError(
+            "no experiment is named; a file binds config.Experiment.run = @module.run"
+        )
+    return gin.get_configurable(Experiment)().run
 
 
-def _alternatives(
-    message: str, files: Sequence[str], bindings: Sequence[str]
-) -> tuple[str, Iterable[str]]:
-    """The wrong name in a message of gin's, and the names it could have been."""
-    if match := re.search(
-        r"'([\w.]+)' doesn't have a parameter named '(\w+)'", message
-    ):
-        return match[2], _parameters(match[1])
-    if match := re.search(r"<module '([\w.]+)'.* has no attribute (\w+)", message):
-        return match[2], dir(sys.modules[match[1]])
-    if match := re.search(r"'(\w+)' was not provided by an import", message):
-        return match[1], _imported(files, bindings)
-    if match := re.search(r"No module named '(?:([\w.]+)\.)?(\w+)'", message):
-        package = sys.modules.get(match[1] or "")
-        paths = getattr(package, "__path__", [])
-        return match[2], [module.name for module in pkgutil.iter_modules(paths)]
-    return "", []
-
-
-def _parameters(selector: str) -> list[str]:
-    module_name, _, name = selector.rpartition(".")
-    for path, module in list(sys.modules.items()):
-        if path == module_name or path.endswith(f".{module_name}"):
-            if (found := getattr(module, name, None)) is not None:
-                return list(inspect.signature(found).parameters)
-    return []
-
-
-def _imported(files: Sequence[str], bindings: Sequence[str]) -> list[str]:
-    text = "\n".join(bindings)
-    for path in files:
-        with open(path) as file:
-            text += "\n" + file.read()
-    return re.findall(r"^\s*(?:from \S+ )?import (?:\S+ as )?(\w+)", text, re.MULTILINE)
+@contextmanager
+def _mistakes_explained(
+    lines: Sequence[Line], place: str | None = None
+) -> Iterator[None]:
+    level = logging.root.level
+    logging.root.setLevel(logging.CRITICAL)  # gin logs every path that it tries
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(sentence(error, lines, place)) from error
+    finally:
+        logging.root.setLevel(level)

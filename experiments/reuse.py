@@ -68,7 +68,6 @@ def run(
         root = str(run_directory.fresh_folder("disk"))
         store = dataclasses.replace(store, disk_root=root)
 
-    run_directory.note_environment(seed=seed, weights=weights)
     replays: dict[str, Replayed] = {}
     traces = {}
     for mode in MODES:

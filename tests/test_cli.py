@@ -1,109 +1,150 @@
-"""The command: exit codes, run directory, and mistakes without a traceback."""
+"""The command: exit codes, what it prints and what it leaves behind."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from cachedattn_jax.cli import app
-from tests.test_config import HEADER
-
-runner = CliRunner()
 
 
-@pytest.fixture
-def toy(tmp_path):
-    path = tmp_path / "toy.gin"
-    path.write_text(HEADER)
-    return str(path)
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["run", *arguments])
 
 
-def invoke(*args: str):
-    result = runner.invoke(app, list(args))
-    assert "Traceback" not in result.output
-    return result
-
-
-def test_a_run_writes_its_directory_and_prints_its_claims(toy, tmp_path):
-    out = tmp_path / "out"
-    result = invoke(
-        "run", toy, "--gin_bindings", "toy_experiment.run.factor = 4",
-        "--output_dir", str(out),
-    )  # fmt: skip
+def test_a_run_leaves_its_directory_and_ends_with_its_claims(toy):
+    result = run(toy("toy.run.seed = 2"), "--output_dir", "runs/one")
     assert result.exit_code == 0, result.output
-    assert "factor" in result.output and "holds" in result.output
-    summary = json.loads((out / "summary.json").read_text())
-    (claim,) = summary["claims"]
-    assert claim == {
-        "name": "factor",
-        "value": 4,
-        "target": 3,
-        "comparison": ">=",
-        "unit": "x",
-        "holds": True,
-        "kind": "measured",
+    found = Path("runs/one")
+    assert {path.name for path in found.iterdir()} == {
+        "config.gin",
+        "operative.gin",
+        "environment.json",
+        "turns.jsonl",
+        "summary.json",
     }
-    assert json.loads((out / "turns.jsonl").read_text()) == {"turn": 0, "factor": 4}
-    assert "factor = 4" in (out / "config.gin").read_text()
-    assert "factor = 4" in (out / "operative.gin").read_text()
-    environment = json.loads((out / "environment.json").read_text())
-    assert environment["versions"]["jax"] and environment["device"]
+    summary = json.loads((found / "summary.json").read_text())
+    assert summary["number"] == 32
+    assert summary["claims"][0]["holds"] is True
+    environment = json.loads((found / "environment.json").read_text())
+    assert environment["seed"] == 2
+    assert environment["device"] and environment["versions"]["jax"]
+    told, claims = result.output.split("Claims")
+    assert told.endswith("Everything is in runs/one/.\n")
+    assert "holds" in claims
 
 
-def test_a_missed_target_is_printed_and_is_no_failure(toy, tmp_path):
-    result = invoke("run", toy, "--output_dir", str(tmp_path / "out"))
+def test_operative_gin_repeats_the_run(toy):
+    run(toy("toy.run.seed = 5"), "--output_dir", "runs/first")
+    result = run("runs/first/operative.gin", "--output_dir", "runs/second")
+    assert result.exit_code == 0, result.output
+    for name in ("summary.json", "turns.jsonl", "operative.gin"):
+        texts = [Path("runs", which, name).read_text() for which in ("first", "second")]
+        assert texts[0] == texts[1]
+
+
+def test_files_and_bindings_can_be_options_and_the_name_makes_the_directory(toy):
+    result = run("--gin_file", toy(), "--gin_bindings", "toy.run.seed = 1")
+    assert result.exit_code == 0, result.output
+    assert json.loads(Path("runs/toy/summary.json").read_text())["number"] == 31
+
+
+def test_a_missed_target_is_printed_and_exits_zero(toy):
+    result = run(toy("toy.SizeConfig.size = 2"), "--output_dir", "runs/missed")
     assert result.exit_code == 0
     assert "missed" in result.output
 
 
-def test_a_broken_invariant_exits_with_1(toy, tmp_path):
-    result = invoke(
-        "run", "--gin_file", toy, "--gin_bindings", "toy_experiment.run.breaks = True",
-        "--output_dir", str(tmp_path / "out"),
-    )  # fmt: skip
-    assert result.exit_code == 1
-    assert "broken invariant: token 3 differs" in result.output
-
-
 @pytest.mark.parametrize(
-    ("args", "sentence"),
+    ("fails", "code", "expected"),
     [
-        (["run"], "no gin file is named"),
-        (["run", "nowhere.gin"], "there is no file 'nowhere.gin'"),
-        (
-            ["run", "TOY", "--gin_bindings", "toy_experiment.run.factr=1"],
-            "mean 'factor'",
-        ),
-        (["run", "TOY", "--output_dir", "FOREIGN"], "not of a run"),
-        (["run", "TOY", "--output_dir", "/proc/nowhere"], "cannot be used"),
+        ("invariant", 1, "cachedattn: broken invariant: token 3 differs"),
+        ("mistake", 2, "cachedattn: error: the window is too short"),
     ],
 )
-def test_mistakes_exit_with_2_and_one_sentence(toy, tmp_path, args, sentence):
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "thesis.tex").write_text("years of work")
-    names = {"TOY": toy, "FOREIGN": str(foreign)}
-    result = invoke(*[names.get(arg, arg) for arg in args])
+def test_a_failed_run_says_so_in_one_line_and_has_no_summary(
+    toy, fails, code, expected
+):
+    run(toy(), "--output_dir", "runs/failed")
+    result = run(toy(f"toy.run.fails = '{fails}'"), "--output_dir", "runs/failed")
+    assert result.exit_code == code
+    assert result.stderr == expected + "\n"
+    assert not Path("runs/failed/summary.json").exists()
+    assert f"'{fails}'" in Path("runs/failed/operative.gin").read_text()
+
+
+def test_a_bug_keeps_its_traceback(toy):
+    result = run(toy("toy.run.fails = 'bug'"), "--output_dir", "runs/bug")
+    assert isinstance(result.exception, RuntimeError)
+    assert result.exit_code == 1
+
+
+@pytest.mark.parametrize("line", ["toy.run.sed = 1", "toy.SizeConfig.size = 0"])
+def test_a_mistake_exits_two_and_leaves_an_earlier_run_as_it_was(toy, line):
+    run(toy(), "--output_dir", "runs/kept")
+    before = {path: path.read_bytes() for path in Path("runs/kept").iterdir()}
+    result = run(toy(line), "--output_dir", "runs/kept")
     assert result.exit_code == 2
-    assert sentence in result.output
-    assert len(result.output.strip().splitlines()) == 1
-    assert (foreign / "thesis.tex").read_text() == "years of work"
+    assert result.stderr.startswith("cachedattn: error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert {path: path.read_bytes() for path in Path("runs/kept").iterdir()} == before
 
 
-def test_an_earlier_run_is_replaced_whole(toy, tmp_path):
-    out = str(tmp_path / "out")
-    for _ in range(2):
-        assert invoke("run", toy, "--output_dir", out).exit_code == 0
-    assert len((tmp_path / "out" / "turns.jsonl").read_text().splitlines()) == 1
+def test_a_folder_of_something_else_is_refused(toy, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    result = run(toy(), "--output_dir", str(tmp_path))
+    assert result.exit_code == 2
+    assert "holds files that no run wrote, such as 'thesis.txt'" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_without_a_file_says_which_to_try():
+    result = run()
+    assert result.exit_code == 2
+    assert "try configs/quickstart.gin" in result.stderr
 
 
 def test_help_teaches_with_an_example():
-    result = invoke("run", "--help")
-    assert result.exit_code == 0
-    assert "quickstart.gin" in result.output
+    result = CliRunner().invoke(app, ["run", "--help"])
+    assert "cachedattn run configs/quickstart.gin" in result.output
+    for option in ("--gin_file", "--gin_bindings", "--output_dir"):
+        assert option in result.output
 
 
-def test_info_lists_devices_and_presets():
-    result = invoke("info")
-    assert result.exit_code == 0
-    assert "llama-3-70b" in result.output and "pinned_host" in result.output
+def test_info_shows_versions_devices_and_presets():
+    result = CliRunner().invoke(app, ["info"])
+    assert result.exit_code == 0, result.output
+    for text in ("jax ", "Python ", "pinned_host", "llama-3-70b"):
+        assert text in result.output
+
+
+def test_compiled_programs_are_kept_in_the_users_cache(tmp_path):
+    """In a process of its own: jax reads the setting when it is imported."""
+    (tmp_path / "compiles.py").write_text(
+        "import jax\n"
+        "def run(run_directory):\n"
+        "    jax.jit(lambda x: x * 2 + 1)(jax.numpy.ones(8))\n"
+        "    return {'claims': []}\n"
+    )
+    (tmp_path / "compiles.gin").write_text(
+        "from __gin__ import dynamic_registration\nfrom cachedattn_jax import config\n"
+        "import compiles\nconfig.Experiment.run = @compiles.run\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    environment |= {
+        "JAX_PLATFORMS": "cpu",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    subprocess.run(
+        [sys.executable, "-m", "cachedattn_jax", "run", "compiles.gin"],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    assert list((tmp_path / "cache" / "cachedattn_jax" / "xla").iterdir())

@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import torch  # pyright: ignore[reportMissingImports]
-import transformers  # pyright: ignore[reportMissingImports]
+import torch
+import transformers
 
 GOLDEN = Path(__file__).parent / "hugging_face"
 
