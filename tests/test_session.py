@@ -83,6 +83,16 @@ def test_a_turn_can_be_cancelled_at_any_step(steps):
     assert_nothing_leaked(engine)
 
 
+def test_closing_ends_every_turn():
+    engine = make_engine()
+    turns = [engine.session(name).submit([1, 2], max_tokens=9) for name in "abcd"]
+    for _ in range(3):
+        engine.step()
+    engine.close()
+    assert {turn.finish_reason for turn in turns} == {"cancelled"}
+    assert_nothing_leaked(engine)
+
+
 def test_a_program_that_fails_ends_its_turns_and_the_engine_goes_on(monkeypatch):
     engine = make_engine()
     ask(engine, "a", [1, 2, 3, 4, 5, 6])

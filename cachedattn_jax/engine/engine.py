@@ -233,7 +233,7 @@ class Engine:
 
     def close(self) -> None:
         """Cancels turns, writes what only memory holds to disk, stops the threads."""
-        for turn in self.scheduler.running:
+        for turn in self.scheduler.running + self.scheduler.waiting:
             turn.cancel()
         self._collect(leave=0)
         self._end_cancelled()
