@@ -93,12 +93,16 @@ def test_closing_ends_every_turn():
     assert_nothing_leaked(engine)
 
 
-def test_a_program_that_fails_ends_its_turns_and_the_engine_goes_on(monkeypatch):
+@pytest.mark.parametrize("program", ["_decode", "_prefill"])
+def test_a_program_that_fails_ends_its_turns_and_the_engine_goes_on(
+    monkeypatch, program
+):
     engine = make_engine()
     ask(engine, "a", [1, 2, 3, 4, 5, 6])
     turns = [engine.session(name).submit([1, 2], max_tokens=9) for name in "ab"]
-    engine.step()
-    engine.step()
+    if program == "_decode":
+        engine.step()
+        engine.step()
 
     def failing(*args, **kwargs):
         for array in engine.store.pool.arrays:
@@ -106,8 +110,9 @@ def test_a_program_that_fails_ends_its_turns_and_the_engine_goes_on(monkeypatch)
         raise jax.errors.JaxRuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._decode, "run", failing)
-        engine.run_until_idle()
+        patch.setattr(getattr(engine, program), "run", failing)
+        for _ in range(20):
+            engine.step()
     assert {turn.finish_reason for turn in turns} == {"error"}
     assert "out of memory" in str(turns[0].error)
     assert_nothing_leaked(engine)

@@ -164,6 +164,9 @@ class Engine:
         self._loading: deque[_Running] = deque()
         self._decoding: list[_Running] = []
         self._in_flight: deque[_InFlight] = deque()
+        # The next turn, while it waits for slots that running turns hold: trying again
+        # before one of them ends would drain the device at every step for nothing.
+        self._blocked: Turn | None = None
 
     # ---- what a user calls ----
 
@@ -268,7 +271,7 @@ class Engine:
         if any(run.lease.is_ready for run in self._loading):
             return  # one prefill a step; the next turn starts with the next
         turn = self.scheduler.next()
-        if turn is None:
+        if turn is None or turn is self._blocked:
             return
         # The turn starts on an idle device, or its prefill would be timed with a step
         # of others in it.
@@ -280,7 +283,9 @@ class Engine:
             return
         started_s = time.monotonic()
         lease = self._acquire(turn, plan)
-        if lease is not None:
+        if lease is None:
+            self._blocked = turn
+        else:
             turn.times.started_s = started_s
             self.scheduler.start(turn)
             self._loading.append(self._running(turn, plan, lease))
@@ -445,6 +450,7 @@ class Engine:
     def _let_go(self, run: _Running) -> None:
         """Gives back the pages and the seat of a turn, whatever became of it."""
         self.store.release(run.lease)
+        self._blocked = None
         self._free_seats.append(run.seat)
         for place in (self._loading, self._decoding):
             if run in place:
@@ -480,7 +486,9 @@ class Engine:
         except Exception as error:
             is_lost = self.store.pool.is_lost
             if is_lost:
-                runs = [*self._loading, *self._decoding]
+                # Those of the failed program may stand in neither list at the moment.
+                rest = [*self._loading, *self._decoding]
+                runs = runs + [run for run in rest if run not in runs]
                 self._in_flight.clear()
             for run in runs:
                 self._let_go(run)

@@ -5,7 +5,6 @@ one runs, the next waits and lets others pass.
 """
 
 from collections import deque
-from collections.abc import Hashable
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 
@@ -32,7 +31,7 @@ class Scheduler(Generic[Item]):
             raise ValueError(f"max_running={max_running} must be at least 1")
         self.max_running = max_running
         self._waiting: deque[Item] = deque()
-        self._running: dict[Hashable, Item] = {}
+        self._running: dict[str, Item] = {}
 
     @property
     def running(self) -> list[Item]:

@@ -3,7 +3,6 @@
 Knows arrays and slots. Does not know which page a slot holds.
 """
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -99,7 +98,3 @@ class DevicePool:
         run = np.asarray(slots, np.int32)
         pages = [_extract(array, run) for array in self.arrays]
         return jax.device_put(pages, self.host_sharding)
-
-    @functools.cached_property
-    def slot_bytes(self) -> int:
-        return self.layout.page_bytes
