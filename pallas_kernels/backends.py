@@ -26,21 +26,23 @@ class Blocks:
     Attributes:
         query_rows: rows of queries (new tokens x query heads of one kv head) that one
             program holds.
-        context_tokens: tokens of context per step of its loop; a multiple of the page.
+        context_tokens: tokens of context per step of its loop.
         splits: parts of a context that are worked on side by side and then merged.
+        turns_keys: whether keys are turned to absolute positions by a pass of their own.
         num_warps, num_stages: warps a program and depth of its software pipeline; CUDA.
     """
 
     query_rows: int | None = None
     context_tokens: int | None = None
     splits: int | None = None
+    turns_keys: bool | None = None
     num_warps: int | None = None
     num_stages: int | None = None
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and value < 1:
+            if field.name != "turns_keys" and value is not None and value < 1:
                 raise ValueError(f"Blocks: {field.name}={value} must be at least 1")
 
 

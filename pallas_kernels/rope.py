@@ -16,7 +16,7 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -76,3 +76,16 @@ def rotate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
     )
     return rotated.astype(x.dtype)
+
+
+def rotate_to(
+    x: Float[Array, "batch tokens heads head_dim"],
+    position: Int[Array, "batch tokens"],
+    rope: RopeTables,
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """R(position) x, as a rotation by whole pages and one by the offset in a page."""
+    page, offset = position // rope.page_tokens, position % rope.page_tokens
+    x = rotate(x, rope.page_cos[page][:, :, None], rope.page_sin[page][:, :, None])
+    return rotate(
+        x, rope.offset_cos[offset][:, :, None], rope.offset_sin[offset][:, :, None]
+    )
