@@ -49,6 +49,24 @@ class Blocks:
 DEFAULT_BLOCKS = Blocks()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Which implementations a program is built of.
+
+    Attributes:
+        prefill, decode: one of `BACKENDS`, or "auto" for the one of the platform.
+        interpret: run Pallas kernels in their interpreter, on any platform; slow.
+    """
+
+    prefill: str = "auto"
+    decode: str = "auto"
+    interpret: bool = False
+
+    def __post_init__(self):
+        for backend in (self.prefill, self.decode):
+            resolve_backend(backend, {})
+
+
 def check_arguments(
     query: Shaped[Array, "batch *rows heads head_dim"],
     pool: Shaped[Array, "slots layers kv_heads 2 page_tokens head_dim"],
@@ -136,3 +154,6 @@ def require(condition: bool, backend: str, what: str) -> None:
 
 def _is_known(x: Array) -> bool:
     return not isinstance(x, jax.core.Tracer)
+
+
+DEFAULT_KERNELS = Kernels()

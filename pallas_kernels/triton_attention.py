@@ -380,11 +380,12 @@ def _splits(programs: int, context_tokens: int) -> int:
 
 
 def _require_supported(query, pool):
-    for name, size in (("page_tokens", pool.shape[4]), ("head_dim", pool.shape[5])):
+    sizes = ("page_tokens", pool.shape[4], 16), ("head_dim", pool.shape[5], 32)
+    for name, size, least in sizes:
         require(
-            size >= 16 and size & (size - 1) == 0,
+            size >= least and size & (size - 1) == 0,
             "triton",
-            f"{name}={size}, which is not a power of 2 of at least 16",
+            f"{name}={size}, which is not a power of 2 of at least {least}",
         )
     require(
         pool.dtype == query.dtype,

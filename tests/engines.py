@@ -22,8 +22,10 @@ LAYERS_PER_GROUP = (1, 2, 4)
 
 
 @functools.cache
-def tiny_model(dtype: str = "float32") -> tuple[LlamaConfig, LlamaParams]:
-    config = preset("tiny", window=96, dtype=dtype)
+def tiny_model(
+    dtype: str = "float32", head_dim: int = 16
+) -> tuple[LlamaConfig, LlamaParams]:
+    config = preset("tiny", window=96, dtype=dtype, head_dim=head_dim)
     return config, init_params(config, seed=0)
 
 
@@ -45,9 +47,11 @@ def make_engine(
     disk_pages: int = 0,
     disk_root: str | None = None,
     dtype: str = "float32",
+    head_dim: int = 16,
+    kernel: str = "auto",
 ) -> Engine:
     """An engine whose budgets are given in pages."""
-    config, params = tiny_model(dtype)
+    config, params = tiny_model(dtype, head_dim)
     size = page_bytes(config, page_tokens)
     window_pages = -(-config.window // page_tokens)
     return Engine(
@@ -59,6 +63,9 @@ def make_engine(
             max_batch=max_batch,
             chunk_tokens=chunk_tokens,
             reuse=reuse,
+            prefill_kernel=kernel,
+            decode_kernel=kernel,
+            interpret_kernels=kernel != "auto",
         ),
         StoreConfig(
             device_bytes=size * (device_pages or (max_batch + 2) * window_pages),
@@ -72,26 +79,31 @@ def make_engine(
 
 
 @functools.cache
-def _dense(dtype: str):
-    config, params = tiny_model(dtype)
+def _dense(dtype: str, head_dim: int):
+    config, params = tiny_model(dtype, head_dim)
     return jax.jit(model_of(config, params))
 
 
-def dense_logits(token_ids, dtype: str = "float32") -> np.ndarray:
+def dense_logits(
+    token_ids, dtype: str = "float32", *, head_dim: int = 16
+) -> np.ndarray:
     """[tokens, vocab] of the dense model, padded so that it compiles once."""
-    config, _ = tiny_model(dtype)
+    config, _ = tiny_model(dtype, head_dim)
     padded = np.zeros((1, config.window), np.int32)
     padded[0, : len(token_ids)] = token_ids
-    return np.asarray(_dense(dtype)(padded))[0, : len(token_ids)]
+    return np.asarray(_dense(dtype, head_dim)(padded))[0, : len(token_ids)]
 
 
-def greedy_reply(prompt, num_tokens: int) -> tuple[list[int], list[float]]:
+def greedy_reply(
+    prompt, num_tokens: int, *, head_dim: int = 16
+) -> tuple[list[int], list[float]]:
     """The reply of the dense model, and each choice's margin over the second best."""
     token_ids, margins = [int(token) for token in prompt], []
     for _ in range(num_tokens):
-        second, best = np.sort(dense_logits(token_ids)[-1])[-2:]
+        logits = dense_logits(token_ids, head_dim=head_dim)[-1]
+        second, best = np.sort(logits)[-2:]
         margins.append(float(best - second))
-        token_ids.append(int(np.argmax(dense_logits(token_ids)[-1])))
+        token_ids.append(int(np.argmax(logits)))
     return token_ids[len(prompt) :], margins
 
 

@@ -17,19 +17,31 @@ from cachedattn_jax.model.config import LlamaConfig
 from cachedattn_jax.model.llama import LlamaParams
 from cachedattn_jax.model.paged import decode_step
 from cachedattn_jax.store.device_pool import DevicePool
+from pallas_kernels.backends import DEFAULT_KERNELS, Kernels
 from pallas_kernels.rope import RopeTables
 
 # Batch 1 makes XLA on CPU copy every pool.
 _SMALLEST_BATCH = 2
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames="kernels", donate_argnums=(2, 3)
+)
 def _step(
-    config, params, pools, last_tokens, seats, page_tables, lengths, rope, sampling
+    config,
+    params,
+    pools,
+    last_tokens,
+    seats,
+    page_tables,
+    lengths,
+    rope,
+    sampling,
+    kernels=DEFAULT_KERNELS,
 ):
     token_ids = last_tokens.at[seats].get(mode="clip")
     logits, pools = decode_step(
-        config, params, token_ids, pools, page_tables, lengths, rope
+        config, params, token_ids, pools, page_tables, lengths, rope, kernels=kernels
     )
     sampled = sample(logits, sampling, lengths)
     last_tokens = last_tokens.at[seats].set(sampled.token_ids, mode="drop")
@@ -68,11 +80,13 @@ class Decode:
         *,
         num_seats: int,
         pages_per_sequence: int,
+        kernels: Kernels = DEFAULT_KERNELS,
     ) -> None:
         self._config = config
         self._params = params
         self._rope = rope
         self._pool = pool
+        self._kernels = kernels
         self.num_seats = num_seats
         self.pages_per_sequence = pages_per_sequence
         self.reset()
@@ -112,5 +126,6 @@ class Decode:
             lengths,
             self._rope,
             sampling_batch([row.sampling for row in rows], size),
+            kernels=self._kernels,
         )
         return sampled

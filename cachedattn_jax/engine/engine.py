@@ -33,6 +33,7 @@ from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.lease import Lease
 from cachedattn_jax.store.placement import QueueView
 from cachedattn_jax.store.tiered_store import TieredStore
+from pallas_kernels.backends import Kernels
 from pallas_kernels.rope import rope_tables
 
 # How long decoding pauses for pages that a starting turn needs from disk. They often
@@ -53,6 +54,10 @@ class EngineConfig:
         chunk_tokens: sizes of the compiled prefill programs, in tokens.
         reuse: "cached" keeps the KV of finished turns; "recompute" is the baseline, the
             same engine without the store.
+        prefill_kernel, decode_kernel: the attention implementation, one of
+            `pallas_kernels.backends.BACKENDS`, or "auto" for the one of the platform.
+        interpret_kernels: run Pallas kernels in their interpreter, on any platform;
+            slow, for tests.
     """
 
     page_tokens: int = 16
@@ -60,6 +65,9 @@ class EngineConfig:
     max_batch: int = 8
     chunk_tokens: tuple[int, ...] = (16, 64, 256)
     reuse: Literal["cached", "recompute"] = "cached"
+    prefill_kernel: str = "auto"
+    decode_kernel: str = "auto"
+    interpret_kernels: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "chunk_tokens", tuple(self.chunk_tokens))
@@ -72,6 +80,15 @@ class EngineConfig:
             raise ValueError(f"chunk_tokens={sizes} must be whole numbers from 1 on")
         if self.reuse not in ("cached", "recompute"):
             raise ValueError(f"reuse={self.reuse!r} is not 'cached' or 'recompute'")
+        self.kernels  # raises for a name that is no backend
+
+    @property
+    def kernels(self) -> Kernels:
+        return Kernels(
+            prefill=self.prefill_kernel,
+            decode=self.decode_kernel,
+            interpret=self.interpret_kernels,
+        )
 
 
 @dataclass(eq=False, kw_only=True)
@@ -151,6 +168,7 @@ class Engine:
             self.store.pool,
             chunk_tokens=self.config.chunk_tokens,
             puts_first=self.store.pool.platform != "tpu",
+            kernels=self.config.kernels,
         )
         self._decode = Decode(
             model,
@@ -159,6 +177,7 @@ class Engine:
             self.store.pool,
             num_seats=self.config.max_batch,
             pages_per_sequence=self._pages_per_sequence,
+            kernels=self.config.kernels,
         )
         self._free_seats = list(range(self.config.max_batch))
         self._loading: deque[_Running] = deque()

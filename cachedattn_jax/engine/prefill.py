@@ -17,6 +17,7 @@ from cachedattn_jax.model.llama import LlamaParams, embed, unembed
 from cachedattn_jax.model.paged import prefill_group
 from cachedattn_jax.store.device_pool import DevicePool
 from cachedattn_jax.store.lease import Load
+from pallas_kernels.backends import DEFAULT_KERNELS, Kernels
 from pallas_kernels.rope import RopeTables
 
 # Groups whose copies to the device are under way ahead of the one that computes.
@@ -26,7 +27,9 @@ _READ_AHEAD = 2
 # cores took 8.5 ms for 16 tokens and 18 ms for 64.
 _CALL_TOKENS = 28
 
-_group = jax.jit(prefill_group, static_argnums=0, donate_argnums=3)
+_group = jax.jit(
+    prefill_group, static_argnums=0, static_argnames="kernels", donate_argnums=3
+)
 _embed = jax.jit(embed, static_argnums=0)
 
 
@@ -85,6 +88,7 @@ class Prefill:
         *,
         chunk_tokens: tuple[int, ...],
         puts_first: bool,
+        kernels: Kernels = DEFAULT_KERNELS,
     ) -> None:
         self._config = config
         self._ends = replace(params, layers=())
@@ -97,6 +101,7 @@ class Prefill:
         self._pool = pool
         self.chunk_tokens = chunk_tokens
         self._puts_first = puts_first
+        self._kernels = kernels
 
     def run(
         self,
@@ -178,6 +183,7 @@ class Prefill:
                 starts,
                 lengths,
                 self._rope,
+                kernels=self._kernels,
             )
             if not self._puts_first:
                 put(group + _READ_AHEAD)

@@ -7,10 +7,13 @@ These are pure functions to be jitted by the engine with their pools donated.
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
 from cachedattn_jax.model.config import LlamaConfig
 from cachedattn_jax.model.llama import LlamaParams, apply_layer, embed, unembed
+from cachedattn_jax.model.sharding import over_kv_heads
+from pallas_kernels.backends import DEFAULT_KERNELS, Kernels
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.page_copy import append_tokens
 from pallas_kernels.prefill_attention import prefill_attention
@@ -26,6 +29,9 @@ def prefill_group(
     starts: Int[Array, " batch"],
     lengths: Int[Array, " batch"],
     rope: RopeTables,
+    *,
+    kernels: Kernels = DEFAULT_KERNELS,
+    mesh: Mesh | None = None,
 ) -> tuple[
     Float[Array, "batch new_tokens hidden"],
     Shaped[Array, "slots layers kv_heads 2 page_tokens head_dim"],
@@ -35,19 +41,31 @@ def prefill_group(
     The tokens at positions starts..lengths-1 are written to the pool before attention
     reads it: gathering first makes XLA on CPU copy the pool.
 
+    Args:
+        mesh: devices that share the kv heads; see `sharding`.
+
     Returns:
         The hidden state after the group, and the pool, updated in place when donated.
     """
+    where = page_tables, starts, lengths, rope
     for index, layer in enumerate(layers):
 
-        def attend(query, key, value, layer_index=index):
+        def attend_in_pool(query, key, value, pool, layer_index=index):
+            pool = append_tokens(pool, key, value, *where, layer=layer_index)
+            output = prefill_attention(
+                query,
+                pool,
+                *where,
+                layer=layer_index,
+                backend=kernels.prefill,
+                interpret=kernels.interpret,
+            )
+            return output, pool
+
+        def attend(query, key, value, attend=over_kv_heads(mesh, attend_in_pool)):
             nonlocal pool
-            pool = append_tokens(
-                pool, key, value, page_tables, starts, lengths, rope, layer=layer_index
-            )
-            return prefill_attention(
-                query, pool, page_tables, starts, lengths, rope, layer=layer_index
-            )
+            output, pool = attend(query, key, value, pool)
+            return output
 
         x = apply_layer(config, layer, x, attend)
     return x, pool
@@ -61,36 +79,48 @@ def decode_step(
     page_tables: Int[Array, "batch pages_per_sequence"],
     lengths: Int[Array, " batch"],
     rope: RopeTables,
+    *,
+    kernels: Kernels = DEFAULT_KERNELS,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "batch vocab"], list[Array]]:
     """One new token of each sequence through the whole model.
 
     Args:
         token_ids: the token at position `lengths - 1` of each sequence.
         lengths: tokens of context, the new one included; 0 for rows that are padding.
+        mesh: devices that share the kv heads; see `sharding`.
 
     Returns:
         Logits in float32, and the pools, updated in place when donated.
     """
     pools = list(pools)
     layers_per_group = len(params.layers) // len(pools)
+    starts = jnp.maximum(lengths - 1, 0)
     x = embed(config, params, token_ids[:, None])
     for index, layer in enumerate(params.layers):
         group, place = divmod(index, layers_per_group)
 
-        def attend(query, key, value, group=group, place=place):
-            pools[group] = append_tokens(
-                pools[group],
-                key,
-                value,
+        def attend_in_pool(query, key, value, pool, place=place):
+            pool = append_tokens(
+                pool, key, value, page_tables, starts, lengths, rope, layer=place
+            )
+            output = decode_attention(
+                query[:, 0],
+                pool,
                 page_tables,
-                jnp.maximum(lengths - 1, 0),
                 lengths,
                 rope,
                 layer=place,
+                backend=kernels.decode,
+                interpret=kernels.interpret,
             )
-            return decode_attention(
-                query[:, 0], pools[group], page_tables, lengths, rope, layer=place
-            )[:, None]
+            return output[:, None], pool
+
+        def attend(
+            query, key, value, group=group, attend=over_kv_heads(mesh, attend_in_pool)
+        ):
+            output, pools[group] = attend(query, key, value, pools[group])
+            return output
 
         x = apply_layer(config, layer, x, attend)
     return unembed(config, params, x[:, 0]), pools
