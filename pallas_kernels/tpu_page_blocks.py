@@ -1,0 +1,185 @@
+"""Blocks of pages on their way to VMEM, one block ahead of the program that reads them.
+
+Knows which pages each program of a TPU kernel visits and in what order programs run.
+Does not know what a program computes.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.backends import require
+from pallas_kernels.rope import RopeTables
+
+LANES = 128
+# Every generation since v5e has 64 MiB or more; what XLA gives a kernel unasked is 16.
+VMEM_BYTES = 48 << 20
+
+_FIRST, _END, _BLOCKS_BEFORE, _NEXT, _LEADS = range(5)
+
+
+def check_supported(
+    query: Float[Array, "batch *rows heads head_dim"],
+    pool: Float[Array, "slots layers kv_heads 2 page_tokens head_dim"],
+) -> None:
+    """Raises NotImplementedError for what the TPU kernels cannot do."""
+    backend = "mosaic_tpu"
+    page_tokens, head_dim = pool.shape[4:]
+    require(
+        pool.dtype == query.dtype and query.dtype in (jnp.float32, jnp.bfloat16),
+        backend,
+        f"a query of {query.dtype} with a pool of {pool.dtype}, only float32 or "
+        "bfloat16 for both",
+    )
+    require(
+        head_dim in (64, 128, 256), backend, f"{head_dim=}, only 64, 128 and 256"
+    )
+    require(
+        page_tokens in (16, 32, 64, 128, 256),
+        backend,
+        f"{page_tokens=}, only powers of two from 16 to 256",
+    )
+
+
+def plan_visits(
+    first_page: Int[Array, " programs"],
+    end_page: Int[Array, " programs"],
+    *,
+    block_pages: int,
+    chains: int,
+) -> Int[Array, "5 programs"]:
+    """Which pages each program visits, and who copies its first block.
+
+    Programs come in `chains` equal runs, each on one core from first to last. A program
+    starts the first copies of the next one of its chain that visits any page; the first
+    such program of a chain leads, and starts its own.
+    """
+    num_blocks = (jnp.maximum(end_page - first_page, 0) + block_pages - 1) // block_pages
+    index = jnp.arange(len(num_blocks), dtype=jnp.int32)
+    nowhere = jnp.int32(len(num_blocks))
+    working = jnp.where(num_blocks > 0, index, nowhere).reshape(chains, -1)
+    from_here = jax.lax.cummin(working, axis=1, reverse=True)
+    after = jnp.pad(from_here[:, 1:], ((0, 0), (0, 1)), constant_values=nowhere)
+    leads = (working == from_here[:, :1]) & (working < nowhere)
+    rows = [
+        first_page,
+        end_page,
+        jnp.cumsum(num_blocks) - num_blocks,
+        after.ravel(),
+        leads.ravel(),
+    ]
+    return jnp.stack([row.astype(jnp.int32) for row in rows])
+
+
+def visit_blocks(
+    visits_ref,  # SMEM [5, programs]
+    program: Array,
+    make_copy: Callable,
+    compute: Callable,
+    *,
+    block_pages: int,
+) -> None:
+    """Runs compute(first_page, buffer) on each block of a program while the next one,
+    which may be of another program, is copied into the other of two buffers.
+
+    Args:
+        make_copy: (program, page, buffer, place) to the descriptor of the copy of one
+            page to `place` in its block.
+    """
+
+    def for_pages(program, block, act):
+        first = visits_ref[_FIRST, program] + block * block_pages
+        count = jnp.minimum(visits_ref[_END, program] - first, block_pages)
+        buffer = _buffer(visits_ref, program, block)
+
+        @pl.loop(0, count)
+        def _(place):
+            act(make_copy(program, first + place, buffer, place))
+
+    def start(program, block):
+        for_pages(program, block, lambda copy: copy.start())
+
+    pages = visits_ref[_END, program] - visits_ref[_FIRST, program]
+    num_blocks = pl.cdiv(jnp.maximum(pages, 0), block_pages)
+
+    @pl.when(visits_ref[_LEADS, program] == 1)
+    def _():
+        start(program, 0)
+
+    @pl.loop(0, num_blocks)
+    def _(block):
+        is_last = block + 1 == num_blocks
+        next_program = jnp.where(is_last, visits_ref[_NEXT, program], program)
+
+        @pl.when(next_program < visits_ref.shape[1])
+        def _():
+            start(next_program, jnp.where(is_last, 0, block + 1))
+
+        for_pages(program, block, lambda copy: copy.wait())
+        compute(
+            visits_ref[_FIRST, program] + block * block_pages,
+            _buffer(visits_ref, program, block),
+        )
+
+
+def zero_values_from(
+    end,
+    first_page,
+    value_ref,  # VMEM [..., block_pages, page_tokens, head_dim]
+) -> None:
+    """Zeroes the values of tokens at `end` and later: they may be NaN, or what an
+    earlier block left, and 0 * NaN is NaN."""
+    block_pages, page_tokens, _ = value_ref.shape[-3:]
+    leading = (slice(None),) * (len(value_ref.shape) - 3)
+
+    @pl.loop(jnp.clip(end // page_tokens - first_page, 0, block_pages), block_pages)
+    def _(place):
+        value = value_ref[(*leading, place)]
+        offset = jax.lax.broadcasted_iota(jnp.int32, value.shape, value.ndim - 2)
+        kept = (first_page + place) * page_tokens + offset < end
+        # In float32: v5e selects no 16 bit lanes.
+        value = jnp.where(kept, value.astype(jnp.float32), 0).astype(value.dtype)
+        value_ref[(*leading, place)] = value
+
+
+def page_rotations(
+    rope: RopeTables, num_pages: int
+) -> tuple[Float[Array, "pages head_dim"], Float[Array, "pages head_dim"]]:
+    """(cos|cos) and (-sin|sin) of whole pages, for `rotate_by_pages`."""
+    cos, sin = rope.page_cos[:num_pages], rope.page_sin[:num_pages]
+    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+
+
+def rotate_by_pages(
+    x,  # [rows, head_dim] float32
+    swapped,  # swap_halves(x)
+    cos_ref,  # VMEM [pages, head_dim]
+    sin_ref,  # VMEM [pages, head_dim]
+    num_pages,
+):
+    """R(num_pages * page_tokens) x."""
+    row = pl.ds(num_pages, 1)
+    return x * cos_ref[row] + swapped * sin_ref[row]
+
+
+def swap_halves(x):
+    """(second, first) of the halves of the last axis."""
+    half = x.shape[-1] // 2
+    if x.shape[-1] % LANES == 0:
+        return pltpu.roll(x, half, x.ndim - 1)
+    return jnp.concatenate([x[..., half:], x[..., :half]], axis=-1)
+
+
+def interpreter(interpret: bool) -> pltpu.InterpretParams | bool:
+    """What `pl.pallas_call(interpret=)` takes: the TPU interpreter at its strictest."""
+    if not interpret:
+        return False
+    return pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+
+
+def _buffer(visits_ref, program, block):
+    return (visits_ref[_BLOCKS_BEFORE, program] + block) % 2
