@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.backends import DEFAULT_BLOCKS, Blocks, require
+from pallas_kernels.backends import DEFAULT_BLOCKS, Blocks
 from pallas_kernels.rope import RopeTables, rotate
 from pallas_kernels.tpu_online_softmax import (
     MASKED,
@@ -26,9 +26,8 @@ from pallas_kernels.tpu_online_softmax import (
 )
 from pallas_kernels.tpu_page_blocks import (
     LANES,
-    VMEM_BYTES,
+    call_options,
     check_supported,
-    interpreter,
     page_rotations,
     plan_visits,
     rotate_by_pages,
@@ -44,7 +43,7 @@ SUBLANES = 8
 
 def decode(
     query: Float[Array, "batch heads head_dim"],
-    pool: Float[Array, "slots layers kv_heads 2 page_tokens head_dim"],
+    pool: Shaped[Array, "slots layers kv_heads 2 page_tokens head_dim"],
     page_tables: Int[Array, "batch pages_per_sequence"],
     lengths: Int[Array, " batch"],
     rope: RopeTables,
@@ -110,11 +109,7 @@ def decode(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(grouped.shape, query.dtype),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
-        ),
-        interpret=interpreter(interpret),
-        name="paged_decode",
+        **call_options("paged_decode", interpret),
     )(
         visits,
         jnp.clip(page_tables, 0, slots - 1).astype(jnp.int32),
@@ -138,7 +133,6 @@ def _kernel(
     buffers,  # VMEM [2, kv_heads, 2, block_pages, page_tokens, head_dim]
     semaphores,  # one a buffer
     *state,  # of [kv_heads, rows]
-
     layer: int,
     window: int | None,
     soft_cap: float | None,
@@ -159,7 +153,8 @@ def _kernel(
     def compute(first_page, buffer):
         zero_values_from(length, first_page, buffers.at[buffer, :, 1])
         pages_back = [
-            jnp.maximum(own_page - first_page - place, 0) for place in range(block_pages)
+            jnp.maximum(own_page - first_page - place, 0)
+            for place in range(block_pages)
         ]
 
         @pl.loop(0, kv_heads)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.backends import DEFAULT_BLOCKS, Blocks
 from pallas_kernels.rope import RopeTables, rotate
@@ -24,9 +24,8 @@ from pallas_kernels.tpu_online_softmax import (
     softmax_scratch,
 )
 from pallas_kernels.tpu_page_blocks import (
-    VMEM_BYTES,
+    call_options,
     check_supported,
-    interpreter,
     page_rotations,
     plan_visits,
     rotate_by_pages,
@@ -42,7 +41,7 @@ ROW_TILE = 16  # sublanes of a bfloat16 tile
 
 def prefill(
     query: Float[Array, "batch new_tokens heads head_dim"],
-    pool: Float[Array, "slots layers kv_heads 2 page_tokens head_dim"],
+    pool: Shaped[Array, "slots layers kv_heads 2 page_tokens head_dim"],
     page_tables: Int[Array, "batch pages_per_sequence"],
     starts: Int[Array, " batch"],
     lengths: Int[Array, " batch"],
@@ -112,11 +111,7 @@ def prefill(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(grouped.shape, query.dtype),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
-        ),
-        interpret=interpreter(interpret),
-        name="paged_prefill",
+        **call_options("paged_prefill", interpret),
     )(
         visits,
         jnp.clip(page_tables, 0, slots - 1).astype(jnp.int32),
