@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.backends import DEFAULT_BLOCKS, Blocks
+from pallas_kernels.backends import DEFAULT_BLOCKS, Blocks, require
 from pallas_kernels.rope import RopeTables, rotate
 from pallas_kernels.tpu_online_softmax import (
     MASKED,
@@ -26,11 +26,10 @@ from pallas_kernels.tpu_online_softmax import (
 )
 from pallas_kernels.tpu_page_blocks import (
     LANES,
-    call_options,
     check_supported,
-    page_rotations,
     plan_visits,
     rotate_by_pages,
+    run_programs,
     swap_halves,
     visit_blocks,
     zero_values_from,
@@ -38,6 +37,7 @@ from pallas_kernels.tpu_page_blocks import (
 
 BLOCK_TOKENS = 512
 BLOCK_BYTES = 4 << 20  # of one of the two buffers
+MOST_BLOCK_BYTES = 16 << 20
 SUBLANES = 8
 
 
@@ -64,17 +64,9 @@ def decode(
     batch, heads, head_dim = query.shape
     slots, _, kv_heads, _, page_tokens, _ = pool.shape
     width = page_tables.shape[1]
-    check_supported(query, pool)
+    check_supported(query, pool, page_tables)
     block_pages = _block_pages(pool, width, blocks)
     lengths = jnp.clip(lengths, 0, width * page_tokens).astype(jnp.int32)
-
-    group_size = heads // kv_heads
-    rows = pl.cdiv(group_size, SUBLANES) * SUBLANES
-    grouped = _rotated_by_offset(query, lengths, rope).reshape(
-        batch, kv_heads, group_size, head_dim
-    )
-    grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, rows - group_size), (0, 0)))
-
     first_page = jnp.zeros_like(lengths)
     if window is not None:
         first_page = jnp.maximum(lengths - window, 0) // page_tokens
@@ -86,50 +78,34 @@ def decode(
         block_pages=block_pages,
         chains=chains,
     )
-    per_chain = batch // chains
-    of_sequence = pl.BlockSpec(
-        (1, kv_heads, rows, head_dim),
-        lambda chain, row, *_: (chain * per_chain + row, 0, 0, 0),
+    group_size = heads // kv_heads
+    rows = pl.cdiv(group_size, SUBLANES) * SUBLANES
+    grouped = _rotated_by_offset(query, lengths, rope).reshape(
+        chains, batch // chains, kv_heads, group_size, head_dim
     )
-    whole = pl.BlockSpec(
-        (width, head_dim), lambda *_: (0, 0), pipeline_mode=pl.Buffered(1)
-    )
-    buffers = (2, kv_heads, 2, block_pages, page_tokens, head_dim)
-    output = pl.pallas_call(
+    output = run_programs(
         functools.partial(_kernel, layer=layer, window=window, soft_cap=soft_cap),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(chains, per_chain),
-            in_specs=[of_sequence, whole, whole, pl.BlockSpec(memory_space=pl.ANY)],
-            out_specs=of_sequence,
-            scratch_shapes=[
-                pltpu.VMEM(buffers, pool.dtype),
-                pltpu.SemaphoreType.DMA((2,)),
-                *softmax_scratch(kv_heads, rows, head_dim=head_dim),
-            ],
-        ),
-        out_shape=jax.ShapeDtypeStruct(grouped.shape, query.dtype),
-        **call_options("paged_decode", interpret),
-    )(
-        visits,
-        jnp.clip(page_tables, 0, slots - 1).astype(jnp.int32),
-        lengths,
-        grouped,
-        *page_rotations(rope, width),
+        [visits, jnp.clip(page_tables, 0, slots - 1).astype(jnp.int32), lengths],
+        jnp.pad(grouped, [(0, 0)] * 3 + [(0, rows - group_size), (0, 0)]),
+        rope,
         pool,
+        buffer=(kv_heads, 2, block_pages, page_tokens, head_dim),
+        state=softmax_scratch(kv_heads, rows, head_dim=head_dim),
+        name="paged_decode",
+        interpret=interpret,
     )
-    return output[:, :, :group_size].reshape(query.shape)
+    return output[:, :, :, :group_size].reshape(query.shape)
 
 
 def _kernel(
     visits_ref,  # SMEM [5, batch]
     tables_ref,  # SMEM [batch, pages_per_sequence]
     lengths_ref,  # SMEM [batch]
-    query_ref,  # VMEM [1, kv_heads, rows, head_dim] float32
+    query_ref,  # VMEM [1, 1, kv_heads, rows, head_dim] float32
     cos_ref,  # VMEM [pages_per_sequence, head_dim]
     sin_ref,  # VMEM [pages_per_sequence, head_dim]
     pool_ref,  # HBM [slots, layers, kv_heads, 2, page_tokens, head_dim]
-    output_ref,  # VMEM [1, kv_heads, rows, head_dim]
+    output_ref,  # VMEM [1, 1, kv_heads, rows, head_dim]
     buffers,  # VMEM [2, kv_heads, 2, block_pages, page_tokens, head_dim]
     semaphores,  # one a buffer
     *state,  # of [kv_heads, rows]
@@ -159,7 +135,7 @@ def _kernel(
 
         @pl.loop(0, kv_heads)
         def _(head):
-            query = query_ref[0, head]
+            query = query_ref[0, 0, head]
             swapped = swap_halves(query)
             rotated = [
                 rotate_by_pages(query, swapped, cos_ref, sin_ref, back)
@@ -180,7 +156,7 @@ def _kernel(
     @pl.loop(0, kv_heads)
     def _(head):
         output = finish([ref.at[head] for ref in state])
-        output_ref[0, head] = output.astype(output_ref.dtype)
+        output_ref[0, 0, head] = output.astype(output_ref.dtype)
 
 
 def _scores(rotated, key):
@@ -223,8 +199,15 @@ def _rotated_by_offset(query, lengths, rope):
 def _block_pages(pool, width, blocks):
     _, _, kv_heads, _, page_tokens, head_dim = pool.shape
     page_bytes = kv_heads * 2 * page_tokens * max(head_dim, LANES) * pool.dtype.itemsize
-    tokens = blocks.context_tokens or BLOCK_TOKENS
-    pages = max(1, tokens // page_tokens)
-    if blocks.context_tokens is None:
-        pages = max(1, min(pages, BLOCK_BYTES // page_bytes))
-    return min(pages, width)
+    if blocks.context_tokens is not None:
+        pages = blocks.context_tokens // page_tokens
+    else:
+        pages = min(BLOCK_TOKENS // page_tokens, BLOCK_BYTES // page_bytes)
+    pages = min(max(1, pages), width)
+    require(
+        pages * page_bytes <= MOST_BLOCK_BYTES,
+        "mosaic_tpu",
+        f"blocks of {pages * page_tokens} tokens x {kv_heads} kv heads, only up to "
+        f"{MOST_BLOCK_BYTES >> 20} MiB",
+    )
+    return pages

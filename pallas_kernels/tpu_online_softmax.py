@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from pallas_kernels.tpu_page_blocks import LANES
+
 # Finite: a row that sees no token of a block gets weights 1 from it, which the first
 # token that it sees rescales to 0, and exp(-inf - -inf) never happens.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)

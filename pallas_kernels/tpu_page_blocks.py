@@ -18,6 +18,8 @@ from pallas_kernels.rope import RopeTables
 LANES = 128
 # Every generation since v5e has 64 MiB or more; what XLA gives a kernel unasked is 16.
 VMEM_BYTES = 48 << 20
+TABLE_BYTES = 896 << 10  # of 1 MiB of SMEM
+ROTATION_BYTES = 16 << 20
 
 # Copies issued per turn of a loop: on v5e 10 bundles each, alone 24 and, before bounds
 # checks were off, 38.
@@ -29,10 +31,16 @@ _FIRST, _END, _BLOCKS_BEFORE, _NEXT, _LEADS = range(5)
 def check_supported(
     query: Float[Array, "batch *rows heads head_dim"],
     pool: Shaped[Array, "slots layers kv_heads 2 page_tokens head_dim"],
+    page_tables: Int[Array, "batch pages_per_sequence"],
 ) -> None:
-    """Raises NotImplementedError for what the TPU kernels cannot do."""
+    """Raises NotImplementedError for what the TPU kernels cannot do.
+
+    They take a pool of head_dim 64 too, but only one that is row-major costs no copy of
+    it: by default XLA makes another axis than head_dim the minor one.
+    """
     backend = "mosaic_tpu"
     page_tokens, head_dim = pool.shape[4:]
+    batch, width = page_tables.shape
     require(
         pool.dtype == query.dtype and query.dtype in (jnp.float32, jnp.bfloat16),
         backend,
@@ -45,6 +53,69 @@ def check_supported(
         backend,
         f"{page_tokens=}, only powers of two from 16 to 256",
     )
+    require(
+        batch * pl.cdiv(width, LANES) * LANES * 4 <= TABLE_BYTES,
+        backend,
+        f"page_tables of {batch} x {width}, only up to {TABLE_BYTES >> 10} KiB",
+    )
+    require(
+        2 * width * head_dim * 4 <= ROTATION_BYTES,
+        backend,
+        f"{width} pages a sequence, only rotations up to {ROTATION_BYTES >> 20} MiB",
+    )
+
+
+def run_programs(
+    kernel: Callable,
+    scalars: list[Array],
+    query: Float[Array, "chains programs ..."],
+    rope: RopeTables,
+    pool: Shaped[Array, "slots layers kv_heads 2 page_tokens head_dim"],
+    *,
+    buffer: tuple[int, ...],
+    state: list,
+    name: str,
+    interpret: bool,
+) -> Float[Array, "chains programs ..."]:
+    """Calls `kernel` with all of `scalars`, a program's part of `query`, the tables of
+    `rotate_by_pages`, the pool in HBM, a program's part of the output, two buffers with
+    their semaphores, and `state`.
+
+    Args:
+        scalars: what is prefetched to SMEM; the second one are the page tables.
+        buffer: shape of one buffer.
+    """
+    part = pl.BlockSpec(
+        (1, 1, *query.shape[2:]),
+        lambda chain, program, *_: (chain, program, *[0] * (query.ndim - 2)),
+    )
+    rotations = _page_rotations(rope, scalars[1].shape[1])
+    whole = pl.BlockSpec(
+        rotations[0].shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1)
+    )
+    strict = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=query.shape[:2],
+            in_specs=[part, whole, whole, pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=part,
+            scratch_shapes=[
+                pltpu.VMEM((2, *buffer), pool.dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+                *state,
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(query.shape, pool.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_BYTES,
+            disable_bounds_checks=True,  # page tables are clipped before they come in
+        ),
+        interpret=strict if interpret else False,
+        name=name,
+    )(*scalars, query, *rotations, pool)
 
 
 def plan_visits(
@@ -159,19 +230,11 @@ def zero_values_from(
         value_ref[(*leading, place)] = value
 
 
-def page_rotations(
-    rope: RopeTables, num_pages: int
-) -> tuple[Float[Array, "pages head_dim"], Float[Array, "pages head_dim"]]:
-    """(cos|cos) and (-sin|sin) of whole pages, for `rotate_by_pages`."""
-    cos, sin = rope.page_cos[:num_pages], rope.page_sin[:num_pages]
-    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
-
-
 def rotate_by_pages(
     x,  # [rows, head_dim] float32
     swapped,  # swap_halves(x)
-    cos_ref,  # VMEM [pages, head_dim]
-    sin_ref,  # VMEM [pages, head_dim]
+    cos_ref,  # VMEM [pages, head_dim], (cos|cos)
+    sin_ref,  # VMEM [pages, head_dim], (-sin|sin)
     num_pages,
 ):
     """R(num_pages * page_tokens) x."""
@@ -187,21 +250,11 @@ def swap_halves(x):
     return jnp.concatenate([x[..., half:], x[..., :half]], axis=-1)
 
 
-def call_options(name: str, interpret: bool) -> dict:
-    """What every `pl.pallas_call` here gets: a grid of (chains, programs of a chain),
-    and to interpret, the TPU interpreter at its strictest."""
-    strict = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    return dict(
-        name=name,
-        interpret=strict if interpret else False,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_BYTES,
-            # Page tables are clipped before they come in.
-            disable_bounds_checks=True,
-        ),
-    )
-
-
 def _buffer(visits_ref, program, block):
     return (visits_ref[_BLOCKS_BEFORE, program] + block) & 1
+
+
+def _page_rotations(rope, num_pages):
+    """(cos|cos) and (-sin|sin), each [num_pages, head_dim]."""
+    cos, sin = rope.page_cos[:num_pages], rope.page_sin[:num_pages]
+    return jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)

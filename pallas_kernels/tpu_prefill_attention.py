@@ -24,11 +24,10 @@ from pallas_kernels.tpu_online_softmax import (
     softmax_scratch,
 )
 from pallas_kernels.tpu_page_blocks import (
-    call_options,
     check_supported,
-    page_rotations,
     plan_visits,
     rotate_by_pages,
+    run_programs,
     swap_halves,
     visit_blocks,
     zero_values_from,
@@ -63,63 +62,45 @@ def prefill(
     batch, new_tokens, heads, head_dim = query.shape
     slots, _, kv_heads, _, page_tokens, _ = pool.shape
     width, group_size = page_tables.shape[1], heads // kv_heads
-    check_supported(query, pool)
+    check_supported(query, pool, page_tables)
     block_tokens = blocks.context_tokens or BLOCK_TOKENS
     block_pages = min(max(1, block_tokens // page_tokens), width)
     query_tokens = _query_tokens(new_tokens, group_size, blocks)
     lengths = jnp.clip(lengths, 0, width * page_tokens).astype(jnp.int32)
     starts = starts.astype(jnp.int32)
 
-    rotated = _rotated(query, starts, lengths, rope)
-    grouped = _by_program(rotated, kv_heads, query_tokens)
-    _, programs, rows, _ = grouped.shape
-    first = jnp.arange(0, new_tokens, query_tokens, dtype=jnp.int32)
-    begins = starts[:, None] + first
+    begins = starts[:, None] + jnp.arange(0, new_tokens, query_tokens, dtype=jnp.int32)
     ends = jnp.minimum(begins + query_tokens, lengths[:, None])
-    seen = begins * 0 if window is None else jnp.maximum(begins - window + 1, 0)
+    first_seen = jnp.zeros_like(begins)
+    if window is not None:
+        first_seen = jnp.maximum(begins - window + 1, 0)
     visits = plan_visits(
-        (seen // page_tokens).ravel(),
+        (first_seen // page_tokens).ravel(),
         jnp.where(begins < ends, pl.cdiv(ends, page_tokens), 0).ravel(),
         block_pages=block_pages,
         chains=1,
     )
-    of_program = pl.BlockSpec(
-        (1, 1, rows, head_dim), lambda head, program, *_: (head, program, 0, 0)
+    tables = jnp.clip(page_tables, 0, slots - 1).astype(jnp.int32)
+    grouped = _by_program(
+        _rotated(query, starts, lengths, rope), kv_heads, query_tokens
     )
-    whole = pl.BlockSpec(
-        (width, head_dim), lambda *_: (0, 0), pipeline_mode=pl.Buffered(1)
-    )
-    buffers = (2, 2, block_pages, page_tokens, head_dim)
-    output = pl.pallas_call(
+    output = run_programs(
         functools.partial(
             _kernel,
             layer=layer,
             window=window,
             soft_cap=soft_cap,
             group_size=group_size,
-            programs_per_sequence=programs // batch,
+            programs_per_sequence=begins.shape[1],
         ),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(kv_heads, programs),
-            in_specs=[of_program, whole, whole, pl.BlockSpec(memory_space=pl.ANY)],
-            out_specs=of_program,
-            scratch_shapes=[
-                pltpu.VMEM(buffers, pool.dtype),
-                pltpu.SemaphoreType.DMA((2,)),
-                *softmax_scratch(rows, head_dim=head_dim),
-            ],
-        ),
-        out_shape=jax.ShapeDtypeStruct(grouped.shape, query.dtype),
-        **call_options("paged_prefill", interpret),
-    )(
-        visits,
-        jnp.clip(page_tables, 0, slots - 1).astype(jnp.int32),
-        begins.ravel(),
-        ends.ravel(),
+        [visits, tables, begins.ravel(), ends.ravel()],
         grouped,
-        *page_rotations(rope, width),
+        rope,
         pool,
+        buffer=(2, block_pages, page_tokens, head_dim),
+        state=softmax_scratch(grouped.shape[2], head_dim=head_dim),
+        name="paged_prefill",
+        interpret=interpret,
     )
     return _by_token(output, batch, group_size, query_tokens)[:, :new_tokens]
 

@@ -191,38 +191,49 @@ def test_block_sizes_of_prefill_change_rounding_only():
 
 def test_two_runs_give_the_same_bits():
     problem = make_problem([40], page_tokens=16, head_dim=64, dtype="bfloat16")
+    blocks = Blocks(context_tokens=32, query_rows=16)
     for run in (
-        functools.partial(decode, problem),
-        functools.partial(prefill, problem, [20]),
+        functools.partial(decode, problem, blocks=blocks),
+        functools.partial(prefill, problem, [30], blocks=blocks),
     ):
         np.testing.assert_array_equal(run(), run())
 
 
-def test_a_batch_of_padding_reads_no_page():
-    problem = make_problem([0, 0], page_tokens=16, head_dim=64)
-    np.testing.assert_array_equal(decode(problem), 0)
-    prefill(problem, [0, 0])
+def test_a_batch_of_padding_gives_zeros():
+    problem = make_problem([0, 0], page_tokens=16, head_dim=64, kv_heads=1)
+    blocks = Blocks(context_tokens=16, query_rows=16)
+    np.testing.assert_array_equal(decode(problem, blocks=blocks), 0)
+    np.testing.assert_array_equal(prefill(problem, [0, 0], blocks=blocks), 0)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "storage", "page_tokens", "head_dim", "named"),
+    ("named", "shape"),
     [
-        ("bfloat16", "uint16", 16, 64, "uint16"),
-        ("float16", None, 16, 64, "float16"),
-        ("float32", None, 8, 64, "page_tokens=8"),
-        ("float32", None, 16, 96, "head_dim=96"),
+        ("uint16", {"dtype": "bfloat16", "storage": "uint16"}),
+        ("float16", {"dtype": "float16"}),
+        ("page_tokens=8", {"page_tokens": 8}),
+        ("head_dim=96", {"head_dim": 96}),
+        ("40000 pages a sequence", {"width": 40000}),
     ],
 )
-def test_what_the_kernels_cannot_do_is_said(
-    dtype, storage, page_tokens, head_dim, named
-):
-    problem = make_problem(
-        [3],
-        page_tokens=page_tokens,
-        head_dim=head_dim,
-        dtype=dtype,
-        storage=storage,
-    )
+def test_what_the_kernels_cannot_do_is_said(named, shape):
+    problem = make_problem([3], **({"page_tokens": 16, "head_dim": 64} | shape))
     for run in (decode, functools.partial(prefill, starts=[0])):
         with pytest.raises(NotImplementedError, match=named):
             run(problem)
+
+
+def test_a_block_too_large_for_vmem_is_refused():
+    problem = make_problem([3], page_tokens=256, head_dim=128, width=20)
+    wide = replace(problem, pool=jnp.zeros((1, 2, 16, 2, 256, 128)))
+    query = jnp.zeros((1, 16, 128))
+    with pytest.raises(NotImplementedError, match="blocks of 5120 tokens"):
+        tpu_decode_attention.decode(
+            query,
+            wide.pool,
+            wide.page_tables,
+            wide.lengths,
+            wide.rope,
+            layer=0,
+            blocks=Blocks(context_tokens=1 << 20),
+        )
