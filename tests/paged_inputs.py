@@ -34,7 +34,9 @@ def rotate_absolute(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
     )
 
 
-def dense_attention(query, key, value, first: int) -> np.ndarray:
+def dense_attention(
+    query, key, value, first: int, *, window: int | None = None, soft_cap=None
+) -> np.ndarray:
     """Causal attention of query rows at positions first, first+1, ... over all keys."""
     num_new, num_tokens = query.shape[0], key.shape[0]
     query = rotate_absolute(query, first + np.arange(num_new))
@@ -42,7 +44,10 @@ def dense_attention(query, key, value, first: int) -> np.ndarray:
     group_size = query.shape[1] // key.shape[1]
     key, value = (np.repeat(x, group_size, axis=1) for x in (key, value))
     score = np.einsum("thd,shd->hts", query, key) / np.sqrt(query.shape[-1])
-    visible = np.arange(num_tokens) <= first + np.arange(num_new)[:, None]
+    if soft_cap is not None:
+        score = soft_cap * np.tanh(score / soft_cap)
+    distance = first + np.arange(num_new)[:, None] - np.arange(num_tokens)
+    visible = (distance >= 0) & (distance < (window or num_tokens))
     weight = np.exp(np.where(visible, score, -np.inf))
     weight /= weight.sum(-1, keepdims=True)
     return np.einsum("hts,shd->thd", weight, value)
