@@ -6,7 +6,7 @@ came from.
 
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels import triton_attention, xla_attention
+from pallas_kernels import tpu_decode_attention, triton_attention, xla_attention
 from pallas_kernels.backends import (
     DEFAULT_BLOCKS,
     Blocks,
@@ -16,7 +16,7 @@ from pallas_kernels.backends import (
 )
 from pallas_kernels.rope import RopeTables
 
-_AUTO = {"gpu": "triton"}
+_AUTO = {"gpu": "triton", "tpu": "mosaic_tpu"}
 
 
 def decode_attention(
@@ -57,6 +57,10 @@ def decode_attention(
     match resolve_backend(backend, _AUTO):
         case "xla":
             return xla_attention.decode(*arguments, **options)
+        case "mosaic_tpu":
+            return tpu_decode_attention.decode(
+                *arguments, **options, interpret=interpret
+            )
         case "triton":
             return triton_attention.decode(*arguments, **options, interpret=interpret)
         case other:

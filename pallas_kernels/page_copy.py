@@ -81,11 +81,12 @@ def append_tokens(
         key, rope.offset_cos[offset][:, :, None], rope.offset_sin[offset][:, :, None]
     )
     tokens = to_storage(jnp.stack([key, value], axis=3), pool.dtype)
-    rows = jnp.arange(tokens.shape[0])[:, None, None]
-    fresh = tokens.at[rows, token].get(
-        mode="clip"
-    )  # [batch, pages, offset, kv, 2, dim]
-    fresh = jnp.moveaxis(fresh, 2, 4)
+    if new_tokens == 1:
+        fresh = tokens[:, :, :, :, None]  # [batch, 1, kv, 2, 1, dim]
+    else:
+        rows = jnp.arange(tokens.shape[0])[:, None, None]
+        fresh = tokens.at[rows, token].get(mode="clip")  # [batch, pages, offset, ...]
+        fresh = jnp.moveaxis(fresh, 2, 4)
     stored = pool.at[table, layer].get(mode="clip")
     merged = jnp.where(is_new[:, :, None, None, :, None], fresh, stored)
     return pool.at[slots, layer].set(merged, mode="drop")

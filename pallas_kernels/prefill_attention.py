@@ -6,7 +6,12 @@ came from.
 
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels import cudnn_attention, triton_attention, xla_attention
+from pallas_kernels import (
+    cudnn_attention,
+    tpu_prefill_attention,
+    triton_attention,
+    xla_attention,
+)
 from pallas_kernels.backends import (
     DEFAULT_BLOCKS,
     Blocks,
@@ -16,7 +21,7 @@ from pallas_kernels.backends import (
 )
 from pallas_kernels.rope import RopeTables
 
-_AUTO = {"gpu": "triton"}
+_AUTO = {"gpu": "triton", "tpu": "mosaic_tpu"}
 
 
 def prefill_attention(
@@ -61,6 +66,10 @@ def prefill_attention(
     match resolve_backend(backend, _AUTO):
         case "xla":
             return xla_attention.prefill(*arguments, **options)
+        case "mosaic_tpu":
+            return tpu_prefill_attention.prefill(
+                *arguments, **options, interpret=interpret
+            )
         case "triton":
             return triton_attention.prefill(*arguments, **options, interpret=interpret)
         case "cudnn":

@@ -34,7 +34,7 @@ def engine_of(kernel: str):
 
 
 @pytest.mark.parametrize("tier", list(Tier))
-@pytest.mark.parametrize("kernel", ["triton"])
+@pytest.mark.parametrize("kernel", ["triton", "mosaic_tpu"])
 def test_tokens_equal_the_dense_model_with_every_kernel(kernel, tier):
     engine = engine_of(kernel)
     for length in (0, 1, PAGE_TOKENS - 1, PAGE_TOKENS + 1, 3 * PAGE_TOKENS):

@@ -46,11 +46,16 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "*rows hidden"], attend: Attend
     ) -> Float[Array, "*rows hidden"]:
-        query, key, value = (
-            project(x).reshape(*x.shape[:-1], -1, self.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+        # Without the barriers XLA on TPU gives the products the layouts that attention
+        # wants, and copies the weights into a matching one at every call.
+        projected = jax.lax.optimization_barrier(
+            tuple(project(x) for project in (self.q_proj, self.k_proj, self.v_proj))
         )
-        return self.o_proj(attend(query, key, value).reshape(*x.shape[:-1], -1))
+        query, key, value = (
+            y.reshape(*x.shape[:-1], -1, self.head_dim) for y in projected
+        )
+        output = attend(query, key, value).reshape(*x.shape[:-1], -1)
+        return self.o_proj(jax.lax.optimization_barrier(output))
 
 
 class MLP(nnx.Module):

@@ -50,7 +50,7 @@ def prefill_group(
     where = page_tables, starts, lengths, rope
     for index, layer in enumerate(layers):
 
-        def attend_in_pool(query, key, value, pool, layer_index=index):
+        def attend_in_pool(query, key, value, pool, *where, layer_index=index):
             pool = append_tokens(pool, key, value, *where, layer=layer_index)
             output = prefill_attention(
                 query,
@@ -64,7 +64,7 @@ def prefill_group(
 
         def attend(query, key, value, attend=over_kv_heads(mesh, attend_in_pool)):
             nonlocal pool
-            output, pool = attend(query, key, value, pool)
+            output, pool = attend(query, key, value, pool, *where)
             return output
 
         x = apply_layer(config, layer, x, attend)
@@ -95,12 +95,15 @@ def decode_step(
     """
     pools = list(pools)
     layers_per_group = len(params.layers) // len(pools)
-    starts = jnp.maximum(lengths - 1, 0)
+    where = page_tables, lengths, rope
     x = embed(config, params, token_ids[:, None])
     for index, layer in enumerate(params.layers):
         group, place = divmod(index, layers_per_group)
 
-        def attend_in_pool(query, key, value, pool, place=place):
+        def attend_in_pool(
+            query, key, value, pool, page_tables, lengths, rope, place=place
+        ):
+            starts = jnp.maximum(lengths - 1, 0)
             pool = append_tokens(
                 pool, key, value, page_tables, starts, lengths, rope, layer=place
             )
@@ -119,7 +122,7 @@ def decode_step(
         def attend(
             query, key, value, group=group, attend=over_kv_heads(mesh, attend_in_pool)
         ):
-            output, pools[group] = attend(query, key, value, pools[group])
+            output, pools[group] = attend(query, key, value, pools[group], *where)
             return output
 
         x = apply_layer(config, layer, x, attend)

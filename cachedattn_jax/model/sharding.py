@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jaxtyping import Array
 
 from cachedattn_jax.model.config import LlamaConfig
 from cachedattn_jax.model.llama import LlamaParams
@@ -54,21 +53,23 @@ def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> None:
         )
 
 
-AttendInPool = Callable[[Array, Array, Array, Array], tuple[Array, Array]]
-
-
-def over_kv_heads(mesh: Mesh | None, attend: AttendInPool) -> AttendInPool:
-    """`attend(query, key, value, pool) -> (output, pool)`, each device on its heads.
+def over_kv_heads(mesh: Mesh | None, attend: Callable) -> Callable:
+    """`attend(query, key, value, pool, *where) -> (output, pool)`, each device on its
+    own heads.
 
     Compilers cannot split a Pallas kernel by themselves: without this a sharded pool
-    would be gathered on every device.
+    would be gathered on every device. `where` is on every device.
     """
     if mesh is None:
         return attend
-    return jax.shard_map(
-        attend,
-        mesh=mesh,
-        in_specs=(_HEADS_SPEC, _HEADS_SPEC, _HEADS_SPEC, POOL_SPEC),
-        out_specs=(_HEADS_SPEC, POOL_SPEC),
-        check_vma=False,
-    )
+
+    def attend_everywhere(query, key, value, pool, *where):
+        return jax.shard_map(
+            attend,
+            mesh=mesh,
+            in_specs=(*[_HEADS_SPEC] * 3, POOL_SPEC, *[PartitionSpec()] * len(where)),
+            out_specs=(_HEADS_SPEC, POOL_SPEC),
+            check_vma=False,
+        )(query, key, value, pool, *where)
+
+    return attend_everywhere
