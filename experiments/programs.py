@@ -25,7 +25,7 @@ from pallas_kernels.rope import RopeTables
 DECODE_BATCH = 16
 CHUNK_TOKENS = 2048  # new tokens of a prefill call
 RUN_PAGES = 16  # pages moved in one call
-POOL_SEQUENCES = 4  # windows that a pool of a compiled program holds
+POOL_SEQUENCES = 6  # windows that a pool of a compiled program holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Program:
             compute, over all devices.
         pool_bytes: one layer group's pool on one device; temporaries as large would
             mean that a pool was copied.
-        activation_bytes: the largest intermediate that the model itself has.
+        activation_bytes: the largest intermediates that the model itself has at once.
     """
 
     name: str
@@ -297,6 +297,6 @@ def _decode_bytes(at: Shapes) -> int:
 
 
 def _activation_bytes(at: Shapes) -> int:
-    """The two halves of the feed-forward layer before their product, one device."""
-    wide = 2 * CHUNK_TOKENS * at.model.intermediate_size * at.item_bytes
-    return wide // at.devices
+    """The residual, and both halves of the feed-forward layer before their product."""
+    wide = 2 * at.model.intermediate_size // at.devices + at.model.hidden_size
+    return CHUNK_TOKENS * wide * at.item_bytes

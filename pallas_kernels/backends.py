@@ -5,6 +5,7 @@ any backend computes.
 """
 
 from dataclasses import dataclass, fields
+from typing import no_type_check
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from pallas_kernels.rope import RopeTables
 # xla runs everywhere and is the reference; cudnn is prefill only; mosaic_tpu is Pallas
 # for TPU; triton and mosaic_gpu are Pallas for CUDA, the latter for Hopper.
 BACKENDS = ("xla", "mosaic_tpu", "triton", "mosaic_gpu", "cudnn")
+CUDA = ("triton", "mosaic_gpu", "cudnn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,7 @@ class Kernels:
             resolve_backend(backend, {})
 
 
+@no_type_check  # what it is handed may be wrong
 def check_arguments(
     query: Shaped[Array, "batch *rows heads head_dim"],
     pool: Shaped[Array, "slots layers kv_heads 2 page_tokens head_dim"],
@@ -82,6 +85,12 @@ def check_arguments(
     Values of `page_tables` and `lengths` are checked where they are known, which under
     jit they are not.
     """
+    ranks = ("pool", pool, 6), ("page_tables", page_tables, 2), ("lengths", lengths, 1)
+    for name, array, rank in ranks:
+        if array.ndim != rank:
+            raise ValueError(f"{name} has shape {array.shape}, not {rank} axes")
+    if pool.shape[3] != 2:
+        raise ValueError(f"pool has shape {pool.shape}; axis 3 must be 2, K and V")
     slots, layers, kv_heads, _, page_tokens, head_dim = pool.shape
     heads = query.shape[-2]
     if query.shape[-1] != head_dim:

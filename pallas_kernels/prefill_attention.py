@@ -4,6 +4,8 @@ Knows which implementations there are and when each is used. Does not know where
 came from.
 """
 
+from typing import no_type_check
+
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import (
@@ -24,6 +26,7 @@ from pallas_kernels.rope import RopeTables
 _AUTO = {"gpu": "triton", "tpu": "mosaic_tpu"}
 
 
+@no_type_check  # callers' mistakes are told in words of ours
 def prefill_attention(
     query: Float[Array, "batch new_tokens heads head_dim"],
     pool: Shaped[Array, "slots layers kv_heads 2 page_tokens head_dim"],

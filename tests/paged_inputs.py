@@ -144,3 +144,57 @@ def row_errors(got, expected) -> np.ndarray:
     got = got.reshape(-1, got.shape[-1])
     expected = expected.reshape(-1, expected.shape[-1])
     return np.abs(got - expected).max(-1) / np.abs(expected).max(-1)
+
+
+def last_queries(problem: Problem) -> jax.Array:
+    """[batch, heads, head_dim], the query of each sequence's last token."""
+    shape = problem.query[0].shape[1:]
+    rows = [q[-1] if len(q) else np.full(shape, 7.0) for q in problem.query]
+    return jnp.asarray(np.stack(rows), problem.dtype)
+
+
+def new_queries(problem: Problem, starts, *, padding: int = 3) -> jax.Array:
+    """[batch, new_tokens, heads, head_dim], the queries from each start on and padding,
+    `padding` tokens of it in the longest row.
+    """
+    new = [q[start:] for q, start in zip(problem.query, starts, strict=True)]
+    query = np.full((len(new), max(map(len, new)) + padding, *new[0].shape[1:]), 7.0)
+    for row, tokens in enumerate(new):
+        query[row, : len(tokens)] = tokens
+    return jnp.asarray(query, problem.dtype)
+
+
+def decode_error(output, problem: Problem, **mask) -> float:
+    """The largest `row_errors` of a decode; padding rows must be zeros."""
+    worst = 0.0
+    for row, length in enumerate(problem.lengths.tolist()):
+        if length == 0:
+            np.testing.assert_array_equal(np.asarray(output[row], np.float64), 0)
+            continue
+        expected = dense_attention(
+            problem.query[row][-1:],
+            problem.key[row],
+            problem.value[row],
+            length - 1,
+            **mask,
+        )
+        worst = max(worst, row_errors(output[row], expected[0]).max())
+    return worst
+
+
+def prefill_error(output, problem: Problem, starts, **mask) -> float:
+    """The largest `row_errors` of a prefill; padding must be finite."""
+    assert np.isfinite(np.asarray(output, np.float64)).all()
+    worst = 0.0
+    for row, start in enumerate(starts):
+        num_new = len(problem.query[row]) - start
+        if num_new:
+            expected = dense_attention(
+                problem.query[row][start:],
+                problem.key[row],
+                problem.value[row],
+                start,
+                **mask,
+            )
+            worst = max(worst, row_errors(output[row, :num_new], expected).max())
+    return worst

@@ -51,7 +51,9 @@ def prefill_group(
     for index, layer in enumerate(layers):
 
         def attend_in_pool(query, key, value, pool, *where, layer_index=index):
-            pool = append_tokens(pool, key, value, *where, layer=layer_index)
+            pool = append_tokens(
+                pool, key, value, *where, layer=layer_index, backend=kernels.prefill
+            )
             output = prefill_attention(
                 query,
                 pool,
@@ -105,7 +107,15 @@ def decode_step(
         ):
             starts = jnp.maximum(lengths - 1, 0)
             pool = append_tokens(
-                pool, key, value, page_tables, starts, lengths, rope, layer=place
+                pool,
+                key,
+                value,
+                page_tables,
+                starts,
+                lengths,
+                rope,
+                layer=place,
+                backend=kernels.decode,
             )
             output = decode_attention(
                 query[:, 0],
