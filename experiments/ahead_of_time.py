@@ -197,7 +197,7 @@ def _compile(program: "Program", target: str, model: str) -> Row:
     return row
 
 
-def _prepare(platform: str) -> None:
+def prepare(platform: str) -> None:
     """Environment that must stand before jax is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     if platform == "tpu":
@@ -249,7 +249,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--markdown", type=Path, help="also write the table there")
     options = parser.parse_args(argv)
     platform = options.platform
-    _prepare(platform)
+    prepare(platform)
     console = Console(width=None if sys.stdout.isatty() else 200)
     rows = []
     with Progress(console=console, transient=True) as progress:

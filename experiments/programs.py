@@ -25,7 +25,9 @@ from pallas_kernels.rope import RopeTables
 DECODE_BATCH = 16
 CHUNK_TOKENS = 2048  # new tokens of a prefill call
 RUN_PAGES = 16  # pages moved in one call
-POOL_SEQUENCES = 6  # windows that a pool of a compiled program holds
+# A pool of a compiled program holds so many contexts, and so many bytes on each device
+# that a copy of it shows.
+POOL_SEQUENCES, POOL_BYTES = 6, 160 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +97,19 @@ class Shapes:
         sharding = NamedSharding(self.mesh, spec)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def pool(self, num_layers: int = 1) -> jax.ShapeDtypeStruct:
-        model, slots = self.model, POOL_SEQUENCES * self.pages
-        shape = (slots, num_layers, model.num_kv_heads, 2, self.page_tokens)
-        return self.array((*shape, model.head_dim), model.dtype, POOL_SPEC)
+    @property
+    def slots(self) -> int:
+        page_bytes = self.page_tokens * self.token_bytes // self.devices
+        return max(POOL_SEQUENCES * self.pages, POOL_BYTES // page_bytes)
 
-    def pool_bytes(self, num_layers: int = 1) -> int:
-        tokens = POOL_SEQUENCES * self.pages * self.page_tokens
-        return tokens * num_layers * self.token_bytes // self.devices
+    def pool(self) -> jax.ShapeDtypeStruct:
+        shape = (self.slots, 1, self.model.num_kv_heads, 2, self.page_tokens)
+        return self.array((*shape, self.model.head_dim), self.model.dtype, POOL_SPEC)
+
+    @property
+    def pool_bytes(self) -> int:
+        """One layer's pool on one device."""
+        return self.slots * self.page_tokens * self.token_bytes // self.devices
 
     def rope(self) -> RopeTables:
         half = self.model.head_dim // 2
@@ -167,7 +174,7 @@ def kernel_programs(at: Shapes) -> Iterator[Program]:
         ),
         min_bytes=kv_bytes + 2 * query.size * at.item_bytes,
         min_flops=4 * DECODE_BATCH * heads * model.head_dim * at.context,
-        pool_bytes=at.pool_bytes(),
+        pool_bytes=at.pool_bytes,
         activation_bytes=_decode_bytes(at),
     )
     query = at.array((1, CHUNK_TOKENS, heads, model.head_dim), model.dtype)
@@ -187,7 +194,7 @@ def kernel_programs(at: Shapes) -> Iterator[Program]:
         ),
         min_bytes=at.context * at.token_bytes + 2 * query.size * at.item_bytes,
         min_flops=_prefill_flops(at),
-        pool_bytes=at.pool_bytes(),
+        pool_bytes=at.pool_bytes,
         activation_bytes=_activation_bytes(at),
     )
     pool = at.pool()
@@ -201,17 +208,17 @@ def kernel_programs(at: Shapes) -> Iterator[Program]:
         donated=(0,),
         min_bytes=moved,
         min_flops=0,
-        pool_bytes=at.pool_bytes(),
+        pool_bytes=at.pool_bytes,
         activation_bytes=moved // 2,
     )
     yield Program(
         name=f"extract_pages, page {at.page_tokens}",
         mesh=at.mesh,
-        function=extract_pages,
+        function=functools.partial(extract_pages, backend=at.kernels.decode),
         arguments=(pool, at.counts(RUN_PAGES)),
         min_bytes=moved,
         min_flops=0,
-        pool_bytes=at.pool_bytes(),
+        pool_bytes=at.pool_bytes,
         activation_bytes=moved // 2,
     )
 
@@ -245,7 +252,7 @@ def model_programs(at: Shapes) -> Iterator[Program]:
         + fresh_bytes
         + hidden_bytes,
         min_flops=2 * CHUNK_TOKENS * layer_weights + _prefill_flops(at),
-        pool_bytes=at.pool_bytes(),
+        pool_bytes=at.pool_bytes,
         activation_bytes=_activation_bytes(at),
     )
     weights = model.num_layers * layer_weights + model.vocab_size * model.hidden_size
@@ -268,7 +275,7 @@ def model_programs(at: Shapes) -> Iterator[Program]:
         donated=(2,),
         min_bytes=weights * at.item_bytes + kv_bytes,
         min_flops=2 * DECODE_BATCH * weights + attention_flops * model.num_layers,
-        pool_bytes=at.pool_bytes(),
+        pool_bytes=at.pool_bytes,
         activation_bytes=_decode_bytes(at),
     )
 
@@ -297,6 +304,9 @@ def _decode_bytes(at: Shapes) -> int:
 
 
 def _activation_bytes(at: Shapes) -> int:
-    """The residual, and both halves of the feed-forward layer before their product."""
-    wide = 2 * at.model.intermediate_size // at.devices + at.model.hidden_size
-    return CHUNK_TOKENS * wide * at.item_bytes
+    """What a layer has at once before the product of its feed-forward halves: residual,
+    normalised input and both halves; and the pages that the call appends.
+    """
+    wide = 2 * at.model.intermediate_size // at.devices + 2 * at.model.hidden_size
+    pages = 4 * CHUNK_TOKENS * at.token_bytes // at.devices
+    return CHUNK_TOKENS * wide * at.item_bytes + pages

@@ -16,7 +16,8 @@ from pallas_kernels.rope import RopeTables
 # xla runs everywhere and is the reference; cudnn is prefill only; mosaic_tpu is Pallas
 # for TPU; triton and mosaic_gpu are Pallas for CUDA, the latter for Hopper.
 BACKENDS = ("xla", "mosaic_tpu", "triton", "mosaic_gpu", "cudnn")
-CUDA = ("triton", "mosaic_gpu", "cudnn")
+# What "auto" means by platform.
+AUTO = {"gpu": "triton", "tpu": "mosaic_tpu"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import tpu_decode_attention, triton_attention, xla_attention
 from pallas_kernels.backends import (
+    AUTO,
     DEFAULT_BLOCKS,
     Blocks,
     check_arguments,
@@ -17,9 +18,6 @@ from pallas_kernels.backends import (
     resolve_backend,
 )
 from pallas_kernels.rope import RopeTables
-
-_AUTO = {"gpu": "triton", "tpu": "mosaic_tpu"}
-
 
 @no_type_check  # callers' mistakes are told in words of ours
 def decode_attention(
@@ -57,7 +55,7 @@ def decode_attention(
     check_arguments(query, pool, page_tables, lengths, rope, layer, window, soft_cap)
     options = {"layer": layer, "window": window, "soft_cap": soft_cap, "blocks": blocks}
     arguments = query, pool, page_tables, lengths, rope
-    match resolve_backend(backend, _AUTO):
+    match resolve_backend(backend, AUTO):
         case "xla":
             return xla_attention.decode(*arguments, **options)
         case "mosaic_tpu":

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.backends import CUDA, resolve_backend
+from pallas_kernels import tpu_page_copy
+from pallas_kernels.backends import AUTO, resolve_backend
 from pallas_kernels.rope import RopeTables, rotate
 
 
@@ -44,8 +45,13 @@ def install_pages(
 def extract_pages(
     pool: Shaped[Array, "slots layers kv_heads 2 page_tokens head_dim"],
     slots: Int[Array, " pages"],
+    *,
+    backend: str = "auto",
+    interpret: bool = False,
 ) -> Shaped[Array, "pages layers kv_heads 2 page_tokens head_dim"]:
     """Copies the pages in `slots` into an array of their own."""
+    if resolve_backend(backend, AUTO) == "mosaic_tpu":
+        return tpu_page_copy.extract_pages(pool, slots, interpret=interpret)
     return pool.at[slots].get(mode="clip")
 
 
@@ -60,14 +66,15 @@ def append_tokens(
     *,
     layer: int,
     backend: str = "auto",
+    interpret: bool = False,
 ) -> Shaped[Array, "slots layers kv_heads 2 page_tokens head_dim"]:
     """Writes the tokens at positions starts..lengths-1 of each sequence into its pages.
 
-    Reads, modifies and writes whole pages; on CUDA single tokens of a decode by
-    themselves, which XLA does in place there, while it would read the pages of all
-    layers at once (0.8 GB of temporaries in a step of Llama-2-13B). Keys come unrotated
-    and are stored rotated by their offset inside the page. Tokens of `key` past
-    `lengths - starts` are padding.
+    Reads, modifies and writes whole pages. A decode writes single tokens: on TPU with a
+    kernel, on CUDA with XLA, which does that in place there, while it would read the
+    pages of all layers at once (0.8 GB of temporaries in a step of Llama-2-13B). Keys
+    come unrotated and are stored rotated by their offset inside the page. Tokens of
+    `key` past `lengths - starts` are padding.
     """
     new_tokens, page_tokens = key.shape[1], rope.page_tokens
     offset = (starts[:, None] + jnp.arange(new_tokens)) % page_tokens
@@ -81,10 +88,15 @@ def append_tokens(
     table = jnp.take_along_axis(page_tables, pages, axis=1, mode="clip")
     slots = jnp.where(written, table, pool.shape[0])
 
-    if new_tokens == 1 and resolve_backend(backend, {"gpu": "triton"}) in CUDA:
-        is_new = starts < lengths
-        slots = jnp.where(is_new, slots[:, 0], pool.shape[0])
-        return pool.at[slots, layer, :, :, offset[:, 0]].set(tokens[:, 0], mode="drop")
+    backend = resolve_backend(backend, AUTO)
+    if new_tokens == 1 and backend != "xla":
+        slots = jnp.where(starts < lengths, slots[:, 0], pool.shape[0])
+        token, offset = tokens[:, 0], offset[:, 0]
+        if backend == "mosaic_tpu":
+            return tpu_page_copy.append_token(
+                pool, token, slots, offset, layer=layer, interpret=interpret
+            )
+        return pool.at[slots, layer, :, :, offset].set(token, mode="drop")
 
     position = pages[..., None] * page_tokens + jnp.arange(page_tokens)
     token = position - starts[:, None, None]
@@ -95,6 +107,11 @@ def append_tokens(
         rows = jnp.arange(tokens.shape[0])[:, None, None]
         fresh = tokens.at[rows, token].get(mode="clip")  # [batch, pages, offset, ...]
         fresh = jnp.moveaxis(fresh, 2, 4)
-    stored = pool.at[table, layer].get(mode="clip")
+    if backend == "mosaic_tpu":
+        stored = tpu_page_copy.extract_pages(
+            pool, table.ravel(), layer=layer, interpret=interpret
+        ).reshape(*table.shape, *pool.shape[2:])
+    else:
+        stored = pool.at[table, layer].get(mode="clip")
     merged = jnp.where(is_new[:, :, None, None, :, None], fresh, stored)
     return pool.at[slots, layer].set(merged, mode="drop")

@@ -15,6 +15,7 @@ from pallas_kernels import (
     xla_attention,
 )
 from pallas_kernels.backends import (
+    AUTO,
     DEFAULT_BLOCKS,
     Blocks,
     check_arguments,
@@ -22,9 +23,6 @@ from pallas_kernels.backends import (
     resolve_backend,
 )
 from pallas_kernels.rope import RopeTables
-
-_AUTO = {"gpu": "triton", "tpu": "mosaic_tpu"}
-
 
 @no_type_check  # callers' mistakes are told in words of ours
 def prefill_attention(
@@ -66,7 +64,7 @@ def prefill_attention(
         )
     options = {"layer": layer, "window": window, "soft_cap": soft_cap, "blocks": blocks}
     arguments = query, pool, page_tables, starts, lengths, rope
-    match resolve_backend(backend, _AUTO):
+    match resolve_backend(backend, AUTO):
         case "xla":
             return xla_attention.prefill(*arguments, **options)
         case "mosaic_tpu":

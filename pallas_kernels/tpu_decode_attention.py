@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.backends import DEFAULT_BLOCKS, Blocks, require
+from pallas_kernels.costs import decode_cost
 from pallas_kernels.rope import RopeTables, rotate
 from pallas_kernels.tpu_online_softmax import (
     MASKED,
@@ -91,6 +92,7 @@ def decode(
         pool,
         buffer=(kv_heads, 2, block_pages, page_tokens, head_dim),
         state=softmax_scratch(kv_heads, rows, head_dim=head_dim),
+        cost=decode_cost(query, pool, page_tables),
         name="paged_decode",
         interpret=interpret,
     )

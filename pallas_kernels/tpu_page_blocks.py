@@ -74,6 +74,7 @@ def run_programs(
     *,
     buffer: tuple[int, ...],
     state: list,
+    cost: pl.CostEstimate,
     name: str,
     interpret: bool,
 ) -> Float[Array, "chains programs ..."]:
@@ -113,6 +114,7 @@ def run_programs(
             vmem_limit_bytes=VMEM_BYTES,
             disable_bounds_checks=True,  # page tables are clipped before they come in
         ),
+        cost_estimate=cost,
         interpret=strict if interpret else False,
         name=name,
     )(*scalars, query, *rotations, pool)

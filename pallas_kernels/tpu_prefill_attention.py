@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.backends import DEFAULT_BLOCKS, Blocks
+from pallas_kernels.costs import prefill_cost
 from pallas_kernels.rope import RopeTables, rotate
 from pallas_kernels.tpu_online_softmax import (
     MASKED,
@@ -99,6 +100,14 @@ def prefill(
         pool,
         buffer=(2, block_pages, page_tokens, head_dim),
         state=softmax_scratch(grouped.shape[2], head_dim=head_dim),
+        cost=prefill_cost(
+            query,
+            pool,
+            page_tables,
+            query_tokens=query_tokens,
+            block_tokens=block_pages * page_tokens,
+            reads_per_block=True,
+        ),
         name="paged_prefill",
         interpret=interpret,
     )

@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.backends import DEFAULT_BLOCKS, Blocks, require
+from pallas_kernels.costs import prefill_cost
 from pallas_kernels.rope import RopeTables
 
 _LOG2_E = 1.4426950408889634
@@ -115,6 +116,14 @@ def prefill(
         ],
         compiler_params=pltriton.CompilerParams(
             num_warps=blocks.num_warps, num_stages=blocks.num_stages
+        ),
+        cost_estimate=prefill_cost(
+            query,
+            pool,
+            page_tables,
+            query_tokens=pl.cdiv(row_block * kv_heads, heads),
+            block_tokens=tile,
+            reads_per_block=False,  # blocks that run side by side share the L2 cache
         ),
         interpret=interpret,
         name="paged_attention",

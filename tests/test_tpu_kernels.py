@@ -4,13 +4,18 @@ import functools
 from dataclasses import replace
 
 import jax
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu_decode_attention, tpu_prefill_attention
+from pallas_kernels import (
+    tpu_decode_attention,
+    tpu_page_copy,
+    tpu_prefill_attention,
+)
 from pallas_kernels.backends import Blocks
 from tests.paged_inputs import dense_attention, ints, make_problem, row_errors
 
@@ -33,7 +38,7 @@ def interpreter():
 
 
 def without_races(kernel, *args, **options):
-    kernel = functools.partial(kernel, layer=1, interpret=True, **options)
+    kernel = functools.partial(kernel, interpret=True, **options)
     # The interpreter is large to compile: level 0 takes two thirds of the time.
     kernel = jax.jit(kernel, compiler_options={"xla_backend_optimization_level": 0})
     output = np.asarray(kernel(*args))
@@ -52,6 +57,7 @@ def decode(problem, **options):
         problem.page_tables,
         problem.lengths,
         problem.rope,
+        layer=1,
         **options,
     )
 
@@ -89,6 +95,7 @@ def prefill(problem, starts, *, padding=3, **options):
         ints(*starts),
         problem.lengths,
         problem.rope,
+        layer=1,
         **options,
     )
     assert np.isfinite(output.astype(np.float32)).all()
@@ -240,3 +247,30 @@ def test_a_block_too_large_for_vmem_is_refused():
             layer=0,
             blocks=Blocks(context_tokens=1 << 20),
         )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_extracted_pages_are_those_of_the_pool(dtype):
+    pool = jax.random.normal(jax.random.key(0), (9, 3, 2, 2, 16, 64)).astype(dtype)
+    slots = ints(3, 0, 8, 3, 20, -1)
+    pages = without_races(tpu_page_copy.extract_pages, pool, slots)
+    expected = np.asarray(pool)[[3, 0, 8, 3, 8, 0]]
+    np.testing.assert_array_equal(pages, expected)
+    one = without_races(tpu_page_copy.extract_pages, pool, slots, layer=2)
+    np.testing.assert_array_equal(one[:, 0], expected[:, 2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_is_written_into_its_page_and_nowhere_else(dtype):
+    key, new = jax.random.split(jax.random.key(0))
+    pool = jax.random.normal(key, (9, 2, 2, 2, 64, 128)).astype(dtype)
+    tokens = jax.random.normal(new, (6, 2, 2, 128)).astype(dtype)
+    slots, offsets = [4, 0, 9, 8, 7, -1], [0, 63, 5, 16, 15, 3]  # 9 and -1: padding
+    written = without_races(
+        tpu_page_copy.append_token, pool, tokens, ints(*slots), ints(*offsets), layer=1
+    )
+    expected = np.asarray(pool).copy()
+    for row, (slot, offset) in enumerate(zip(slots, offsets, strict=True)):
+        if 0 <= slot < 9:
+            expected[slot, 1, :, :, offset] = np.asarray(tokens[row])
+    np.testing.assert_array_equal(written, expected)

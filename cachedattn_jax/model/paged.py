@@ -52,7 +52,13 @@ def prefill_group(
 
         def attend_in_pool(query, key, value, pool, *where, layer_index=index):
             pool = append_tokens(
-                pool, key, value, *where, layer=layer_index, backend=kernels.prefill
+                pool,
+                key,
+                value,
+                *where,
+                layer=layer_index,
+                backend=kernels.prefill,
+                interpret=kernels.interpret,
             )
             output = prefill_attention(
                 query,
@@ -116,6 +122,7 @@ def decode_step(
                 rope,
                 layer=place,
                 backend=kernels.decode,
+                interpret=kernels.interpret,
             )
             output = decode_attention(
                 query[:, 0],
