@@ -186,6 +186,7 @@ def _compile(program: "Program", target: str, model: str) -> Row:
     finally:
         row.seconds = perf_counter() - start
     memory = compiled.memory_analysis()
+    assert memory is not None, "both compilers report memory"
     row.argument_bytes = memory.argument_size_in_bytes
     row.temporary_bytes = memory.temp_size_in_bytes
     if row.temporary_bytes >= program.pool_bytes:
@@ -234,7 +235,7 @@ _CUDA_HEADER = "kernel: registers/spilled bytes/shared KiB"
 
 
 def main(argv: list[str]) -> int:
-    """`python -m experiments.ahead_of_time tpu|cuda [--only NAME] [--markdown FILE]`."""
+    """`python -m experiments.ahead_of_time tpu [--only NAME] [--markdown FILE]`."""
     import argparse
 
     from rich.console import Console
@@ -242,7 +243,8 @@ def main(argv: list[str]) -> int:
     from rich.table import Table
 
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.ahead_of_time", description=__doc__.split("\n")[0]
+        prog="python -m experiments.ahead_of_time",
+        description=str(__doc__).split("\n")[0],
     )
     parser.add_argument("platform", choices=["tpu", "cuda"])
     parser.add_argument("--only", help="a chip (v5e, v6e, v5p) or a CUDA backend")

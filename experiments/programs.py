@@ -7,6 +7,7 @@ it, or where.
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,11 +112,13 @@ class Shapes:
         """One layer's pool on one device."""
         return self.slots * self.page_tokens * self.token_bytes // self.devices
 
-    def rope(self) -> RopeTables:
+    def rope(self) -> Any:
+        """`RopeTables` of shapes."""
         half = self.model.head_dim // 2
         offset = self.array((self.page_tokens, half), jnp.float32)
         page = self.array((self.pages, half), jnp.float32)
-        return RopeTables(
+        tables: Any = RopeTables
+        return tables(
             offset_cos=offset, offset_sin=offset, page_cos=page, page_sin=page
         )
 
@@ -295,12 +298,15 @@ def _prefill_flops(at: Shapes) -> float:
 
 
 def _decode_bytes(at: Shapes) -> int:
-    """Logits, and the pages that a step reads, adds a token to and writes, of the few
-    layers that the compiler has under way at the same time; one device.
+    """Logits, and the pages that a step adds tokens to, of the few layers that the
+    compiler has under way at once. Several devices add up two products a layer, and
+    XLA gives each sum, and one copy of it, a buffer of its own.
     """
     logits = DECODE_BATCH * at.model.vocab_size * 4
     pages = DECODE_BATCH * at.page_tokens * at.token_bytes // at.devices
-    return logits + 4 * pages
+    hidden = DECODE_BATCH * at.model.hidden_size * at.item_bytes
+    sums = 3 * at.model.num_layers * hidden if at.devices > 1 else 0
+    return logits + 4 * pages + sums
 
 
 def _activation_bytes(at: Shapes) -> int:

@@ -98,7 +98,7 @@ def rows() -> Iterator[Row]:
                 program=program.name,
                 min_bytes=program.min_bytes,
                 min_flops=program.min_flops,
-                num_bytes=device_bytes(compiled.as_text()),
+                num_bytes=device_bytes(str(compiled.as_text())),
                 flops=flops if program.min_flops else 0.0,
             )
 
@@ -137,14 +137,16 @@ def main(argv: list[str]) -> int:
     from rich.table import Table
 
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.roofline", description=__doc__.split("\n\n")[0]
+        prog="python -m experiments.roofline", description=str(__doc__).split("\n\n")[0]
     )
     parser.add_argument("--markdown", type=Path, help="also write the table there")
     options = parser.parse_args(argv)
     prepare("tpu")
     console = Console(width=None if sys.stdout.isatty() else 200)
     found = list(
-        track(rows(), "compiling", total=6 * len(MODELS), console=console, transient=True)
+        track(
+            rows(), "compiling", total=6 * len(MODELS), console=console, transient=True
+        )
     )
     table = Table(*HEADER)
     for row in found:

@@ -9,6 +9,7 @@ from typing import no_type_check
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels.rope import RopeTables
@@ -31,7 +32,7 @@ class Blocks:
             program holds.
         context_tokens: tokens of context per step of its loop.
         splits: parts of a context that are worked on side by side and then merged.
-        turns_keys: whether keys are turned to absolute positions by a pass of their own.
+        turns_keys: whether a pass of its own turns keys to absolute positions.
         num_warps, num_stages: warps a program and depth of its software pipeline; CUDA.
     """
 
@@ -107,7 +108,8 @@ def check_arguments(
         )
     if 2 * rope.page_cos.shape[1] != head_dim:
         raise ValueError(
-            f"rope is for head_dim {2 * rope.page_cos.shape[1]}, the pool has {head_dim}"
+            f"rope is for head_dim {2 * rope.page_cos.shape[1]}, the pool has "
+            f"{head_dim}"
         )
     if not 0 <= layer < layers:
         raise ValueError(f"{layer=} is not in 0..{layers - 1}, the layers of the pool")
@@ -136,7 +138,8 @@ def check_arguments(
         outside = used[(used < 0) | (used >= slots)]
         if outside.size:
             raise ValueError(
-                f"page_tables holds slot {outside[0]}, the pool has slots 0..{slots - 1}"
+                f"page_tables holds slot {outside[0]}, the pool has slots 0.."
+                f"{slots - 1}"
             )
 
 
@@ -163,7 +166,7 @@ def require(condition: bool, backend: str, what: str) -> None:
 
 
 def _is_known(x: Array) -> bool:
-    return not isinstance(x, jax.core.Tracer)
+    return not isinstance(x, Tracer)
 
 
 DEFAULT_KERNELS = Kernels()

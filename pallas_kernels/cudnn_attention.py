@@ -35,9 +35,7 @@ def prefill(
         implementation: that of `jax.nn.dot_product_attention`; "xla" runs anywhere.
     """
     new_tokens, head_dim = query.shape[1], query.shape[3]
-    require(
-        query.dtype == pool.dtype == jnp.bfloat16, "cudnn", f"{query.dtype} pages"
-    )
+    require(query.dtype == pool.dtype == jnp.bfloat16, "cudnn", f"{query.dtype} pages")
     require(head_dim in (64, 128), "cudnn", f"head_dim={head_dim}")
     require(window is None and soft_cap is None, "cudnn", "a window or a soft cap")
     position = starts[:, None] + jnp.arange(new_tokens)
@@ -94,16 +92,19 @@ def _in_order(
 
 def _attend(query, key, value, *, lengths, is_causal, implementation):
     num_new = jnp.full(lengths.shape, query.shape[1], jnp.int32)
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        query_seq_lengths=num_new,
-        key_value_seq_lengths=jnp.maximum(lengths, 1),
-        is_causal=is_causal,
-        implementation=implementation,
-        return_residual=True,
-    )
+    try:
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            query_seq_lengths=num_new,
+            key_value_seq_lengths=jnp.maximum(lengths, 1),
+            is_causal=is_causal,
+            implementation=implementation,
+            return_residual=True,
+        )
+    except RuntimeError as error:  # it looks for the library before it traces
+        raise NotImplementedError(f'backend="cudnn": {error}') from error
 
 
 def _merge(first, second, *, has_history):

@@ -19,6 +19,7 @@ from pallas_kernels.backends import (
 )
 from pallas_kernels.rope import RopeTables
 
+
 @no_type_check  # callers' mistakes are told in words of ours
 def decode_attention(
     query: Float[Array, "batch heads head_dim"],

@@ -6,6 +6,7 @@ came from.
 
 from typing import no_type_check
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import (
@@ -23,6 +24,7 @@ from pallas_kernels.backends import (
     resolve_backend,
 )
 from pallas_kernels.rope import RopeTables
+
 
 @no_type_check  # callers' mistakes are told in words of ours
 def prefill_attention(
@@ -50,7 +52,8 @@ def prefill_attention(
     Args:
         window: tokens that each token sees, itself included; None for all.
         soft_cap: scores become soft_cap * tanh(score / soft_cap).
-        backend: one of `backends.BACKENDS`, or "auto" for the one of the platform.
+        backend: one of `backends.BACKENDS`, or "auto" for the one of the platform: on
+            CUDA cuDNN from 512 new tokens on where it can, else Triton.
         interpret: run a Pallas kernel in its interpreter, on any platform.
 
     Raises:
@@ -64,7 +67,14 @@ def prefill_attention(
         )
     options = {"layer": layer, "window": window, "soft_cap": soft_cap, "blocks": blocks}
     arguments = query, pool, page_tables, starts, lengths, rope
-    match resolve_backend(backend, AUTO):
+    resolved = resolve_backend(backend, AUTO)
+    if (
+        backend == "auto"
+        and resolved == "triton"
+        and _suits_cudnn(query, pool, options)
+    ):
+        resolved = "cudnn"
+    match resolved:
         case "xla":
             return xla_attention.prefill(*arguments, **options)
         case "mosaic_tpu":
@@ -77,3 +87,14 @@ def prefill_attention(
             return cudnn_attention.prefill(*arguments, **options)
         case other:
             require(False, other, "prefill_attention")
+
+
+def _suits_cudnn(query, pool, options) -> bool:
+    """Whether cuDNN's faster products outweigh its gather and its second call.
+
+    On an H200, 8K tokens of context, 32 heads, 8 kv heads, Triton against cuDNN: 111 us
+    and 208 for 128 new tokens, 364 and 257 for 512, 1773 and 1231 for 8K.
+    """
+    plain = options["window"] is None and options["soft_cap"] is None
+    can = query.dtype == pool.dtype == jnp.bfloat16 and query.shape[-1] in (64, 128)
+    return plain and can and query.shape[1] >= 512

@@ -40,12 +40,14 @@ def extract_pages(
             grid=(len(slots), taken, kv_heads),
             in_specs=[
                 pl.BlockSpec(
-                    tile, lambda p, l, h, slots: (slots[p], first + l, h, 0, 0, 0)
+                    tile, lambda p, at, h, slots: (slots[p], first + at, h, 0, 0, 0)
                 )
             ],
-            out_specs=pl.BlockSpec(tile, lambda p, l, h, slots: (p, l, h, 0, 0, 0)),
+            out_specs=pl.BlockSpec(tile, lambda p, at, h, slots: (p, at, h, 0, 0, 0)),
         ),
-        out_shape=jax.ShapeDtypeStruct((len(slots), taken, *pool.shape[2:]), pool.dtype),
+        out_shape=jax.ShapeDtypeStruct(
+            (len(slots), taken, *pool.shape[2:]), pool.dtype
+        ),
         cost_estimate=pl.CostEstimate(
             flops=0,
             transcendentals=0,

@@ -191,5 +191,6 @@ def test_a_token_written_by_itself_is_the_token_written_with_its_page():
         )
         for backend in ("xla", "triton")
     ]
-    np.testing.assert_array_equal(*map(np.asarray, pools))
+    page, token = map(np.asarray, pools)
+    np.testing.assert_array_equal(page, token)
     assert (np.asarray(pools[0]) != np.asarray(problem.pool)).any()

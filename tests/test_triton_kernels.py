@@ -130,7 +130,9 @@ def test_any_lengths_and_blocks_give_the_same_answer(data):
     starts = data.draw(
         st.lists(st.integers(0, width * page_tokens - 1), min_size=1, max_size=3)
     )
-    lengths = [data.draw(st.integers(s, min(s + 30, width * page_tokens))) for s in starts]
+    lengths = [
+        data.draw(st.integers(s, min(s + 30, width * page_tokens))) for s in starts
+    ]
     problem = make_problem(
         lengths,
         page_tokens=page_tokens,

@@ -80,7 +80,7 @@ class EngineConfig:
             raise ValueError(f"chunk_tokens={sizes} must be whole numbers from 1 on")
         if self.reuse not in ("cached", "recompute"):
             raise ValueError(f"reuse={self.reuse!r} is not 'cached' or 'recompute'")
-        self.kernels  # raises for a name that is no backend
+        _ = self.kernels  # raises for a name that is no backend
 
     @property
     def kernels(self) -> Kernels:

@@ -49,7 +49,8 @@ def check_mesh(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> None:
         raise ValueError(f"the mesh has axes {mesh.axis_names}, none called {AXIS!r}")
     if config.num_kv_heads % devices:
         raise ValueError(
-            f"{config.num_kv_heads} kv heads cannot be shared out over {devices} devices"
+            f"{config.num_kv_heads} kv heads cannot be shared out over {devices} "
+            "devices"
         )
 
 

@@ -1,0 +1,316 @@
+"""Claim: attention over pages runs at the speed of the memory and of the products.
+
+Checks every kernel that the device can run against float64, then times it at the
+shapes of Llama-3-8B and Llama-2-13B, against a copy and a matrix product timed in the
+same run.
+
+    cachedattn run configs/kernel_speed.gin        one H200, 4 minutes
+
+Expected on an H200: decode at 80 % of the copy or more at 16 contexts of 8K tokens,
+prefill at 55 % of the matrix product or more at 8K tokens.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from cachedattn_jax.model.config import LlamaConfig, preset
+from cachedattn_jax.run_directory import Claim, RunDirectory
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.rope import RopeTables, rope_tables
+
+# The row of each claim: 8K tokens, a batch of 16 for decode.
+CLAIM_TOKENS, CLAIM_BATCH = 8192, 16
+
+
+def run(
+    run_directory: RunDirectory,
+    *,
+    models: Sequence[str] = ("llama-3-8b", "llama-2-13b"),
+    backends: Sequence[str] = ("auto",),
+    page_tokens: Sequence[int] = (64,),
+    decode_cases: Sequence[tuple[int, int]] = ((16, 8192),),
+    prefill_cases: Sequence[tuple[int, int, int]] = ((1, 8192, 0),),
+    interpret: bool = False,
+    copy_bytes: int = 4 << 30,
+    product_size: int = 8192,
+    seed: int = 0,
+) -> dict[str, object]:
+    """Checks and times attention on the default device.
+
+    Args:
+        backends: implementations to compare; those that refuse a case say why.
+        decode_cases: (batch, context tokens).
+        prefill_cases: (batch, new tokens, tokens of history before them).
+        interpret: run Pallas kernels in their interpreter, to try the experiment out.
+        copy_bytes, product_size: size of the array copied and of the square matrices
+            multiplied to find the ceilings.
+    """
+    console = Console()
+    ceilings = {
+        "copy_bytes_s": _copy_rate(copy_bytes),
+        "product_flops_s": _product_rate(product_size),
+    }
+    rows = []
+    cases = [("decode", case) for case in decode_cases]
+    cases += [("prefill", case) for case in prefill_cases]
+    todo = [
+        (preset(model, dtype="bfloat16"), size, backend, kind, case)
+        for model in models
+        for size in page_tokens
+        for backend in backends
+        for kind, case in cases
+    ]
+    errors = _errors(backends, page_tokens, interpret, seed)
+    for config, size, backend, kind, case in track(todo, "timing", console=console):
+        row = {
+            "heads": f"{config.num_heads}/{config.num_kv_heads}",
+            "page_tokens": size,
+            "backend": backend,
+            "operation": kind,
+            "case": list(case),
+        }
+        timer = _time_decode if kind == "decode" else _time_prefill
+        try:
+            row |= timer(config, size, backend, interpret, seed, *case)
+        except NotImplementedError as error:
+            row["refused"] = str(error)
+        rows.append(row)
+    _print(rows, ceilings, console)
+    run_directory.write_json("kernels.json", {"ceilings": ceilings, "rows": rows})
+    return {
+        "device": jax.devices()[0].device_kind,
+        "ceilings": ceilings,
+        "errors": errors,
+        "rows": rows,
+        "claims": _claims(rows, errors, ceilings),
+    }
+
+
+def _claims(rows, errors, ceilings) -> list[Claim]:
+    decode = _best(rows, "decode", [CLAIM_BATCH, CLAIM_TOKENS], "bytes_s")
+    prefill = _best(rows, "prefill", [1, CLAIM_TOKENS, 0], "flops_s")
+    worst = max((error["ratio"] for error in errors if "ratio" in error), default=None)
+    return [
+        Claim(
+            name="decode_share_of_copy",
+            value=decode and decode / ceilings["copy_bytes_s"],
+            target=0.80,
+        ),
+        Claim(
+            name="prefill_share_of_product",
+            value=prefill and prefill / ceilings["product_flops_s"],
+            target=0.55,
+        ),
+        Claim(
+            name="error_over_absolute_positions",
+            value=worst,
+            target=1.1,
+            comparison="<=",
+        ),
+    ]
+
+
+def _best(rows, operation, case, rate) -> float | None:
+    """The slowest model's rate under the backend that is best for it."""
+    best: dict[str, float] = {}
+    for row in rows:
+        if row["operation"] == operation and row["case"] == case and rate in row:
+            best[row["heads"]] = max(best.get(row["heads"], 0.0), row[rate])
+    return min(best.values(), default=None)
+
+
+# ---- ceilings ----
+
+
+def _copy_rate(num_bytes: int) -> float:
+    """Bytes a second, read and written, of the best of several passes."""
+    x = jnp.arange(num_bytes // 4, dtype=jnp.uint32)
+    flip = jax.jit(lambda x: x ^ jnp.uint32(1), donate_argnums=0)
+    x = jax.block_until_ready(flip(x))
+    rates = []
+    for _ in range(3):
+        started = time.perf_counter()
+        for _ in range(10):
+            x = flip(x)
+        jax.block_until_ready(x)
+        rates.append(10 * 2 * num_bytes / (time.perf_counter() - started))
+    return max(rates)
+
+
+def _product_rate(size: int) -> float:
+    """Operations a second of a square bfloat16 product of random numbers."""
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
+    multiply = jax.jit(jnp.matmul)
+    return 2 * size**3 / _seconds(multiply, a, b)
+
+
+def _seconds(function: Callable, *arguments, calls: int = 10) -> float:
+    """The best of three means over calls that are all dispatched before the wait."""
+    jax.block_until_ready(function(*arguments))
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        results = [function(*arguments) for _ in range(calls)]
+        jax.block_until_ready(results)
+        best = min(best, (time.perf_counter() - started) / calls)
+    return best
+
+
+# ---- speed ----
+
+
+def _time_decode(config, page_tokens, backend, interpret, seed, batch, context):
+    pool, tables, rope = _pages(config, page_tokens, batch, context, seed)
+    shape = (batch, config.num_heads, config.head_dim)
+    query = jax.random.normal(jax.random.key(seed), shape, pool.dtype)
+    lengths = jnp.full(batch, context, jnp.int32)
+    attend = functools.partial(
+        decode_attention, layer=0, backend=backend, interpret=interpret
+    )
+    seconds = _chained(attend, query, pool, tables, lengths, rope)
+    num_bytes = batch * context * 2 * config.num_kv_heads * config.head_dim * 2
+    return {"seconds": seconds, "bytes_s": num_bytes / seconds}
+
+
+def _time_prefill(config, page_tokens, backend, interpret, seed, batch, new, history):
+    context = new + history
+    pool, tables, rope = _pages(config, page_tokens, batch, context, seed)
+    shape = (batch, new, config.num_heads, config.head_dim)
+    query = jax.random.normal(jax.random.key(seed), shape, pool.dtype)
+    starts = jnp.full(batch, history, jnp.int32)
+    lengths = jnp.full(batch, context, jnp.int32)
+    attend = functools.partial(
+        prefill_attention, layer=0, backend=backend, interpret=interpret
+    )
+    seconds = _chained(attend, query, pool, tables, starts, lengths, rope)
+    pairs = batch * (new * history + new * (new + 1) / 2)
+    flops = 4 * config.num_heads * config.head_dim * pairs
+    return {"seconds": seconds, "flops_s": flops / seconds}
+
+
+def _chained(attend: Callable, query, *rest, calls: int = 10) -> float:
+    """Seconds of a call whose query is the output of the one before, so that neither
+    dispatch nor parallel calls blur it.
+    """
+
+    @jax.jit
+    def chain(query, *rest):
+        return jax.lax.fori_loop(0, calls, lambda _, q: attend(q, *rest), query)
+
+    return _seconds(chain, query, *rest, calls=1) / calls
+
+
+def _pages(
+    config: LlamaConfig, page_tokens: int, batch: int, context: int, seed: int
+) -> tuple[jax.Array, jax.Array, RopeTables]:
+    """A pool of random pages, shuffled tables over it, and the rotations."""
+    width = -(-context // page_tokens)
+    slots = batch * width
+    shape = (slots, 1, config.num_kv_heads, 2, page_tokens, config.head_dim)
+    pool = jax.random.normal(jax.random.key(seed + 1), shape, jnp.bfloat16)
+    tables = np.random.default_rng(seed).permutation(slots).reshape(batch, width)
+    rope = rope_tables(
+        config.inverse_frequencies(), page_tokens=page_tokens, num_pages=width
+    )
+    return pool, jnp.asarray(tables, jnp.int32), rope
+
+
+# ---- correctness ----
+
+
+def _errors(backends, page_tokens, interpret, seed) -> list[dict]:
+    """Decode errors on this device against float64, over those of attention with
+    rotated keys in bfloat16.
+    """
+    config = preset("llama-3-8b", dtype="bfloat16")
+    found = []
+    for size in page_tokens:
+        for backend in backends:
+            row = {"backend": backend, "page_tokens": size}
+            try:
+                found.append(row | _error(config, size, backend, interpret, seed))
+            except NotImplementedError as error:
+                found.append(row | {"refused": str(error)})
+    return found
+
+
+def _error(config, page_tokens, backend, interpret, seed) -> dict:
+    batch, context = 4, 8 * page_tokens - 3
+    pool, tables, rope = _pages(config, page_tokens, batch, context, seed)
+    shape = (batch, config.num_heads, config.head_dim)
+    query = jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+    last = context % page_tokens  # what lies past the length must not matter
+    pool = pool.at[tables[:, -1], :, :, :, last:].set(jnp.nan)
+    lengths = jnp.full(batch, context, jnp.int32)
+    attend = functools.partial(
+        decode_attention, layer=0, backend=backend, interpret=interpret
+    )
+    output = np.asarray(jax.jit(attend)(query, pool, tables, lengths, rope), np.float64)
+    ours, ordinary = [], []
+    for row in range(batch):
+        pages = np.asarray(pool[tables[row], 0], np.float64)
+        kv = np.moveaxis(pages, 0, 2).reshape(config.num_kv_heads, 2, -1, shape[-1])
+        kv = kv[:, :, :context]
+        offsets = np.arange(context) % page_tokens
+        keys = _rotate(config, kv[:, 0], np.arange(context) - offsets)
+        queries = np.asarray(query[row], np.float64)
+        queries = _rotate(config, queries[:, None], np.array([context - 1]))[:, 0]
+        exact = _softmax_mean(queries, keys, kv[:, 1])
+        rounded = _softmax_mean(*map(_rounded, (queries, keys, kv[:, 1])))
+        scale = np.abs(exact).max(-1)
+        ours.append(np.abs(output[row] - exact).max(-1) / scale)
+        ordinary.append(np.abs(_rounded(rounded) - exact).max(-1) / scale)
+    error, usual = float(np.mean(ours)), float(np.mean(ordinary))
+    return {"error": error, "ordinary_error": usual, "ratio": error / usual}
+
+
+def _rotate(config, x, positions):
+    angles = positions[:, None] * config.inverse_frequencies()
+    cos, sin = np.cos(angles), np.sin(angles)
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )
+
+
+def _softmax_mean(queries, keys, values):
+    """[heads, head_dim] of attention in float64; weights are rounded like inputs."""
+    groups = queries.reshape(len(keys), -1, queries.shape[-1])
+    score = np.einsum("kgd,ktd->kgt", groups, keys) / np.sqrt(queries.shape[-1])
+    weight = np.exp(score - score.max(-1, keepdims=True))
+    mean = np.einsum("kgt,ktd->kgd", weight, values) / weight.sum(-1, keepdims=True)
+    return mean.reshape(queries.shape)
+
+
+def _rounded(x):
+    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+
+
+def _print(rows, ceilings, console) -> None:
+    table = Table(
+        "heads", "page", "backend", "operation", "case", "ms", "rate", "share"
+    )
+    for row in rows:
+        cells = [str(row[name]) for name in ("heads", "page_tokens", "backend")]
+        cells += [row["operation"], " ".join(map(str, row["case"]))]
+        if "refused" in row:
+            table.add_row(*cells, "-", row["refused"], "-")
+            continue
+        if "bytes_s" in row:
+            rate, ceiling = row["bytes_s"], ceilings["copy_bytes_s"]
+            words = f"{rate / 1e9:,.0f} GB/s"
+        else:
+            rate, ceiling = row["flops_s"], ceilings["product_flops_s"]
+            words = f"{rate / 1e12:,.0f} TFLOP/s"
+        milliseconds = f"{1e3 * row['seconds']:,.3f}"
+        table.add_row(*cells, milliseconds, words, f"{rate / ceiling:.0%}")
+    console.print(table)
