@@ -66,11 +66,15 @@ class Row:
 
     @property
     def misses(self) -> str:
-        """Which target it misses, in words; empty where it has none or holds it."""
+        """Which target it misses, in words; empty where it has none or holds it.
+
+        Prefill attention by itself has none: it works in whole blocks, whose share of
+        a layer's operations is small.
+        """
         if self.program.startswith("decode") and self.bytes_ratio > MOST_DECODE_BYTES:
             return f"bytes above {MOST_DECODE_BYTES}x"
         ratio = self.flops_ratio or 0.0
-        if self.program.startswith("prefill") and ratio > MOST_PREFILL_FLOPS:
+        if self.program.startswith("prefill_group") and ratio > MOST_PREFILL_FLOPS:
             return f"operations above {MOST_PREFILL_FLOPS}x"
         return ""
 
