@@ -12,6 +12,8 @@ _ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16"
 _ITEM_BYTES |= {"f32": 4, "s32": 4, "u32": 4, "s64": 8, "u64": 8, "f64": 8}
 _ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
+# Which operand holds what is put into the first one.
+_UPDATES = {"scatter": 2, "dynamic-update-slice": 1}
 # They move nothing by themselves.
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
 _FREE |= {"opt-barrier", "after-all", "partition-id", "copy-done", "async-done"}
@@ -65,8 +67,8 @@ def _bytes_of(instruction, shapes, computations) -> int:
         return _fusion_bytes(instruction.shape, operands, inside)
     if opcode in ("gather", "dynamic-slice"):
         return 2 * _shape_bytes(instruction.shape)
-    if opcode in ("scatter", "dynamic-update-slice"):
-        return 2 * _shape_bytes(operands[-1])
+    if opcode in _UPDATES:
+        return 2 * _shape_bytes(operands[_UPDATES[opcode]])
     return _shape_bytes(instruction.shape) + sum(map(_shape_bytes, operands))
 
 
@@ -80,12 +82,10 @@ def _fusion_bytes(shape: str, operands: list[str], inside: list[Instruction]) ->
             if place is not None:
                 size = _shape_bytes(instruction.shape, any_memory=True)
                 taken[place] = taken.get(place, 0) + size
-        if instruction.opcode in ("scatter", "dynamic-update-slice"):
+        if instruction.opcode in _UPDATES:
             place = _parameter(instruction.operands[0], by_name)
-            update = 1 if instruction.opcode == "dynamic-update-slice" else -1
-            size = _shape_bytes(
-                by_name[instruction.operands[update]].shape, any_memory=True
-            )
+            update = instruction.operands[_UPDATES[instruction.opcode]]
+            size = _shape_bytes(by_name[update].shape, any_memory=True)
             if place is not None:
                 taken[place] = 0  # overwritten, not read
                 output = output - _shape_bytes(instruction.shape) + size
