@@ -105,8 +105,10 @@ def attend(
     height = plan.tile // plan.tile_copies
 
     def copy(places, index, source, destination, ready):
-        offset = lax.rem(index * plan.tile, page_tokens) if plan.tile_copies == 1 else 0
-        inside = pl.ds(pl.multiple_of(offset, height), height)
+        inside = slice(None)
+        if height < page_tokens:
+            offset = lax.rem(index * height, page_tokens)
+            inside = pl.ds(pl.multiple_of(offset, height), height)
         for part, place in enumerate(places):
             target = destination.at[pl.ds(part * height, height)]
             plgpu.copy_gmem_to_smem(source(*place).at[inside], target, ready)
