@@ -8,7 +8,12 @@ from typing import no_type_check
 
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels import tpu_decode_attention, triton_attention, xla_attention
+from pallas_kernels import (
+    mosaic_gpu_attention,
+    tpu_decode_attention,
+    triton_attention,
+    xla_attention,
+)
 from pallas_kernels.backends import (
     AUTO,
     DEFAULT_BLOCKS,
@@ -65,5 +70,9 @@ def decode_attention(
             )
         case "triton":
             return triton_attention.decode(*arguments, **options, interpret=interpret)
+        case "mosaic_gpu":
+            return mosaic_gpu_attention.decode(
+                *arguments, **options, interpret=interpret
+            )
         case other:
             require(False, other, "decode_attention")

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import (
     cudnn_attention,
+    mosaic_gpu_attention,
     tpu_prefill_attention,
     triton_attention,
     xla_attention,
@@ -83,6 +84,10 @@ def prefill_attention(
             )
         case "triton":
             return triton_attention.prefill(*arguments, **options, interpret=interpret)
+        case "mosaic_gpu":
+            return mosaic_gpu_attention.prefill(
+                *arguments, **options, interpret=interpret
+            )
         case "cudnn":
             return cudnn_attention.prefill(*arguments, **options)
         case other:

@@ -1,0 +1,201 @@
+"""Paged attention for Hopper GPUs, through the Mosaic GPU backend of Pallas.
+
+Knows how one call is cut up and prepared. Does not know what a program computes.
+
+Positions enter in one of two ways. Few rows are turned back by whole pages, once per
+page, in registers, and no key is touched: pages go by the copy engine from global to
+shared memory and from there to the tensor cores. For many rows the keys are turned to
+absolute positions once, by a pass before.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int, Shaped
+
+from pallas_kernels.backends import DEFAULT_BLOCKS, Blocks, require
+from pallas_kernels.mosaic_gpu_kernels import LOG2_E, WARPGROUP_ROWS, Plan, attend
+from pallas_kernels.rope import RopeTables, rotate_to
+from pallas_kernels.split_context import count_splits, merge_splits
+from pallas_kernels.triton_attention import turn_keys
+
+
+def decode(
+    query: Float[Array, "batch heads head_dim"],
+    pool: Shaped[Array, "slots layers kv_heads 2 page_tokens head_dim"],
+    page_tables: Int[Array, "batch pages_per_sequence"],
+    lengths: Int[Array, " batch"],
+    rope: RopeTables,
+    *,
+    layer: int,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    blocks: Blocks = DEFAULT_BLOCKS,
+    interpret: bool = False,
+) -> Float[Array, "batch heads head_dim"]:
+    """`decode_attention` by flash decoding: small batches split their contexts."""
+    starts = jnp.maximum(lengths - 1, 0)
+    options = {"layer": layer, "window": window, "soft_cap": soft_cap}
+    options |= {"blocks": blocks, "interpret": interpret}
+    return prefill(query[:, None], pool, page_tables, starts, lengths, rope, **options)[
+        :, 0
+    ]
+
+
+def prefill(
+    query: Float[Array, "batch new_tokens heads head_dim"],
+    pool: Shaped[Array, "slots layers kv_heads 2 page_tokens head_dim"],
+    page_tables: Int[Array, "batch pages_per_sequence"],
+    starts: Int[Array, " batch"],
+    lengths: Int[Array, " batch"],
+    rope: RopeTables,
+    *,
+    layer: int,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    blocks: Blocks = DEFAULT_BLOCKS,
+    interpret: bool = False,
+) -> Float[Array, "batch new_tokens heads head_dim"]:
+    """`prefill_attention` by flash attention; a row block holds whole groups."""
+    _require_supported(query, pool, window, soft_cap)
+    batch, new_tokens, heads, head_dim = query.shape
+    kv_heads, page_tokens = pool.shape[2], rope.page_tokens
+    group_size = heads // kv_heads
+    num_rows = new_tokens * group_size
+    plan = _plan(blocks, num_rows, pool)
+    row_blocks = pl.cdiv(num_rows, plan.row_block)
+    reach = page_tables.shape[1] * page_tokens
+    splits = blocks.splits or count_splits(batch * kv_heads * row_blocks, reach)
+    keys = (
+        turn_keys(pool, page_tables, lengths, rope, layer=layer, interpret=interpret)
+        if plan.turns_keys
+        else pool
+    )
+    rows = _rows(query, starts, rope, kv_heads, row_blocks * plan.row_block)
+    if plan.turns_keys:
+        rows = rows.astype(pool.dtype)
+    shape = (splits, batch, kv_heads, row_blocks * plan.row_block)
+    out, log_sum = plgpu.kernel(
+        functools.partial(
+            attend, plan=plan, layer=layer, group_size=group_size, interpret=interpret
+        ),
+        out_type=[
+            jax.ShapeDtypeStruct(
+                (*shape, head_dim), query.dtype if splits == 1 else jnp.float32
+            ),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+        ],
+        grid=(row_blocks, batch * kv_heads, splits),
+        grid_names=("row_block", "head", "split"),
+        num_threads=plan.num_threads,
+        thread_name="warpgroup",
+        scratch_types=_scratch(plan, head_dim),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="paged_attention",
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(
+        rows,
+        keys,
+        pool,
+        page_tables,
+        starts,
+        lengths,
+        rope.page_cos,
+        rope.page_sin,
+    )
+    merged = merge_splits(out[..., :num_rows, :], log_sum[..., :num_rows])
+    merged = merged.astype(query.dtype)
+    merged = merged.reshape(batch, kv_heads, new_tokens, group_size, head_dim)
+    return jnp.moveaxis(merged, 1, 2).reshape(query.shape)
+
+
+def _rows(
+    query: Float[Array, "batch new_tokens heads head_dim"],
+    starts: Int[Array, " batch"],
+    rope: RopeTables,
+    kv_heads: int,
+    padded: int,
+) -> Float[Array, "batch kv_heads padded head_dim"]:
+    """Scaled queries at absolute positions, float32: per kv head, token after token."""
+    batch, new_tokens, _, head_dim = query.shape
+    reach = rope.page_cos.shape[0] * rope.page_tokens
+    position = jnp.minimum(starts[:, None] + jnp.arange(new_tokens), reach - 1)
+    scaled = query.astype(jnp.float32) * (head_dim**-0.5 * LOG2_E)
+    rows = rotate_to(scaled, position, rope)
+    rows = rows.reshape(batch, new_tokens, kv_heads, -1, head_dim)
+    rows = jnp.moveaxis(rows, 2, 1).reshape(batch, kv_heads, -1, head_dim)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, padded - rows.shape[2]), (0, 0)))
+
+
+def _scratch(plan: Plan, head_dim: int) -> dict:
+    """Shared memory of a program and the barriers of its copies."""
+
+    def matrix(*shape):
+        # One swizzled stripe per half of the head where halves are multiplied alone.
+        columns = head_dim // 2 if head_dim == 128 or not plan.turns_keys else head_dim
+        transforms = (
+            plgpu.TilingTransform((8, columns)),
+            plgpu.SwizzleTransform(columns * jnp.bfloat16.dtype.itemsize),
+        )
+        return plgpu.SMEM((*shape, head_dim), jnp.bfloat16, transforms=transforms)
+
+    def barriers(num_arrivals):
+        return plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=plan.stages)
+
+    turns = 0 if plan.turns_keys else 2
+    scratch = {
+        "keys": matrix(plan.stages, plan.tile),
+        "values": matrix(plan.stages, plan.tile),
+        "keys_ready": barriers(plan.tile_copies + turns),
+        "values_ready": barriers(plan.tile_copies),
+        "keys_free": barriers(plan.warpgroups),
+        "values_free": barriers(plan.warpgroups),
+    }
+    if turns:
+        angle = plgpu.SMEM((plan.stages, head_dim // 2), jnp.float32)
+        return scratch | {"cos": angle, "sin": angle}
+    return scratch | {
+        "rows": matrix(plan.warpgroups, WARPGROUP_ROWS),
+        "rows_ready": plgpu.Barrier(num_barriers=plan.warpgroups),
+    }
+
+
+def _plan(blocks: Blocks, num_rows: int, pool: Array) -> Plan:
+    """What `blocks` leaves open, by registers and shared memory."""
+    page_tokens = pool.shape[4]
+    turns_keys = blocks.turns_keys
+    if turns_keys is None:
+        turns_keys = num_rows > WARPGROUP_ROWS
+    turns_keys |= page_tokens < WARPGROUP_ROWS  # a tile then holds several pages
+    rows = 2 * WARPGROUP_ROWS if num_rows > WARPGROUP_ROWS else WARPGROUP_ROWS
+    tile = 128 if turns_keys and page_tokens >= 128 else 64
+    tile = blocks.context_tokens or tile
+    rows = (blocks.query_rows or rows) if turns_keys else WARPGROUP_ROWS
+    return Plan(
+        warpgroups=rows // WARPGROUP_ROWS,
+        tile=tile,
+        tile_copies=pl.cdiv(tile, page_tokens),
+        turns_keys=turns_keys,
+        stages=blocks.num_stages or (3 if not turns_keys else 256 // tile),
+    )
+
+
+def _require_supported(query, pool, window, soft_cap):
+    def demand(condition, what):
+        require(condition, "mosaic_gpu", what)
+
+    page_tokens, head_dim = pool.shape[4:]
+    demand(window is None, "a window")
+    demand(soft_cap is None, "a soft cap")
+    demand(
+        query.dtype == pool.dtype == jnp.bfloat16,
+        f"a pool of {pool.dtype} with queries of {query.dtype}, only bfloat16",
+    )
+    demand(head_dim in (64, 128), f"{head_dim=}, only 64 and 128")
+    demand(
+        page_tokens in (16, 32, 64, 128, 256),
+        f"{page_tokens=}, only powers of 2 from 16 to 256",
+    )
