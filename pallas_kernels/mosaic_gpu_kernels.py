@@ -7,7 +7,6 @@ import functools
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -147,9 +146,7 @@ def attend(
         rows = pl.ds(first_row + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
         source = rows_ref.at[sequence, kv_head, rows]
         query = _query(source, shared, warpgroup, plan)
-        row = plgpu.broadcasted_iota(
-            jnp.int32, (WARPGROUP_ROWS,), 0, layout=_PER_ROW
-        )
+        row = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=_PER_ROW)
         first = first_row + warpgroup * WARPGROUP_ROWS
         limit = jnp.minimum(start + lax.div(first + row, group_size) + 1, length)
         first_limit = jnp.minimum(start + lax.div(first, group_size) + 1, length)
@@ -254,9 +251,7 @@ def _query(source, shared, warpgroup, plan):
         return target
     half = source.shape[-1] // 2
     return [
-        plgpu.load(
-            source.at[:, pl.ds(first, half)], layout=_MATRIX, optimized=False
-        )
+        plgpu.load(source.at[:, pl.ds(first, half)], layout=_MATRIX, optimized=False)
         for first in (0, half)
     ]
 

@@ -6,6 +6,7 @@ came from.
 
 from typing import no_type_check
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -54,7 +55,8 @@ def prefill_attention(
         window: tokens that each token sees, itself included; None for all.
         soft_cap: scores become soft_cap * tanh(score / soft_cap).
         backend: one of `backends.BACKENDS`, or "auto" for the one of the platform: on
-            CUDA cuDNN from 512 new tokens on where it can, else Triton.
+            CUDA cuDNN for 2048 new tokens and more, on Hopper Mosaic GPU for fewer, and
+            Triton for what these cannot do.
         interpret: run a Pallas kernel in its interpreter, on any platform.
 
     Raises:
@@ -69,12 +71,8 @@ def prefill_attention(
     options = {"layer": layer, "window": window, "soft_cap": soft_cap, "blocks": blocks}
     arguments = query, pool, page_tables, starts, lengths, rope
     resolved = resolve_backend(backend, AUTO)
-    if (
-        backend == "auto"
-        and resolved == "triton"
-        and _suits_cudnn(query, pool, options)
-    ):
-        resolved = "cudnn"
+    if backend == "auto" and resolved == "triton":
+        resolved = _best_on_cuda(query, pool, options)
     match resolved:
         case "xla":
             return xla_attention.prefill(*arguments, **options)
@@ -94,12 +92,23 @@ def prefill_attention(
             require(False, other, "prefill_attention")
 
 
-def _suits_cudnn(query, pool, options) -> bool:
-    """Whether cuDNN's faster products outweigh its gather and its second call.
+def _best_on_cuda(query, pool, options) -> str:
+    """The fastest implementation that can do it, by an H200.
 
-    On an H200, 8K tokens of context, 32 heads, 8 kv heads, Triton against cuDNN: 111 us
-    and 208 for 128 new tokens, 364 and 257 for 512, 1773 and 1231 for 8K.
+    8K tokens of context, 32 heads, 8 kv heads; Triton, Mosaic GPU and cuDNN take 104,
+    83 and 237 us for 128 new tokens, 294, 199 and 230 for 512, 864, 555 and 541 for 2K,
+    1907, 1279 and 1184 for 8K.
     """
     plain = options["window"] is None and options["soft_cap"] is None
-    can = query.dtype == pool.dtype == jnp.bfloat16 and query.shape[-1] in (64, 128)
-    return plain and can and query.shape[1] >= 512
+    narrow = query.dtype == pool.dtype == jnp.bfloat16
+    if not (plain and narrow and query.shape[-1] in (64, 128)):
+        return "triton"
+    if query.shape[1] >= 2048:
+        return "cudnn"
+    has_pages_it_can = pool.shape[4] in (16, 32, 64, 128, 256)
+    return "mosaic_gpu" if _is_hopper() and has_pages_it_can else "triton"
+
+
+def _is_hopper() -> bool:
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    return str(capability).startswith("9.")
