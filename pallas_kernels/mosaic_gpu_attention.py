@@ -77,26 +77,7 @@ def prefill(
     rows = _rows(query, starts, rope, kv_heads, row_blocks * plan.row_block)
     if plan.turns_keys:
         rows = rows.astype(pool.dtype)
-    shape = (splits, batch, kv_heads, row_blocks * plan.row_block)
-    out, log_sum = plgpu.kernel(
-        functools.partial(
-            attend, plan=plan, layer=layer, group_size=group_size, interpret=interpret
-        ),
-        out_type=[
-            jax.ShapeDtypeStruct(
-                (*shape, head_dim), query.dtype if splits == 1 else jnp.float32
-            ),
-            jax.ShapeDtypeStruct(shape, jnp.float32),
-        ],
-        grid=(row_blocks, batch * kv_heads, splits),
-        grid_names=("row_block", "head", "split"),
-        num_threads=plan.num_threads,
-        thread_name="warpgroup",
-        scratch_types=_scratch(plan, head_dim),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="paged_attention",
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(
+    out, log_sum = _attend(
         rows,
         keys,
         pool,
@@ -105,11 +86,44 @@ def prefill(
         lengths,
         rope.page_cos,
         rope.page_sin,
+        jnp.full((1,), layer, jnp.int32),
+        plan=plan,
+        splits=splits,
+        group_size=group_size,
+        interpret=interpret,
     )
     merged = merge_splits(out[..., :num_rows, :], log_sum[..., :num_rows])
     merged = merged.astype(query.dtype)
     merged = merged.reshape(batch, kv_heads, new_tokens, group_size, head_dim)
     return jnp.moveaxis(merged, 1, 2).reshape(query.shape)
+
+
+# Under jit of its own, so that the layers of a model share one lowering.
+@functools.partial(
+    jax.jit, static_argnames=("plan", "splits", "group_size", "interpret")
+)
+def _attend(rows, keys, pool, *arguments, plan, splits, group_size, interpret):
+    """Per split, the softmax over its part and the base-2 logarithm of its sum."""
+    batch, kv_heads, num_rows, head_dim = rows.shape
+    shape = (splits, batch, kv_heads, num_rows)
+    out_dtype = pool.dtype if splits == 1 else jnp.float32
+    return plgpu.kernel(
+        functools.partial(
+            attend, plan=plan, group_size=group_size, interpret=interpret
+        ),
+        out_type=[
+            jax.ShapeDtypeStruct((*shape, head_dim), out_dtype),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+        ],
+        grid=(num_rows // plan.row_block, batch * kv_heads, splits),
+        grid_names=("row_block", "head", "split"),
+        num_threads=plan.num_threads,
+        thread_name="warpgroup",
+        scratch_types=_scratch(plan, head_dim),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="paged_attention",
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(rows, keys, pool, *arguments)
 
 
 def _rows(

@@ -60,11 +60,11 @@ def attend(
     lengths_ref,  # [batch]
     page_cos_ref,  # [num_pages, head_dim / 2]
     page_sin_ref,  # [num_pages, head_dim / 2]
+    layer_ref,  # [1], so that all layers of a model share one compiled kernel
     out_ref,  # [splits, batch, kv_heads, rows, head_dim]
     log_sum_ref,  # [splits, batch, kv_heads, rows]
     *,
     plan: Plan,
-    layer: int,
     group_size: int,
     interpret: bool,
     **scratch,
@@ -77,9 +77,8 @@ def attend(
     row_blocks = rows_ref.shape[2] // plan.row_block
     # The longest contexts first, so that the last are short.
     first_row = (row_blocks - 1 - lax.axis_index("row_block")) * plan.row_block
-    start, length = starts_ref[sequence], lengths_ref[sequence]
-    reach = tables_ref.shape[1] * page_tokens
-    length = jnp.minimum(length, reach)
+    start, layer = starts_ref[sequence], layer_ref[0]
+    length = jnp.minimum(lengths_ref[sequence], tables_ref.shape[1] * page_tokens)
     first_position = start + lax.div(first_row, group_size)
     last_position = start + lax.div(first_row + plan.row_block - 1, group_size)
     end = jnp.where(first_position < length, jnp.minimum(length, last_position + 1), 0)
@@ -147,9 +146,7 @@ def attend(
         rows = pl.ds(first_row + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
         source = rows_ref.at[sequence, kv_head, rows]
         query = _query(source, shared, warpgroup, plan)
-        row = plgpu.broadcasted_iota(
-            jnp.int32, (WARPGROUP_ROWS,), 0, layout=_PER_ROW
-        )
+        row = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=_PER_ROW)
         first = first_row + warpgroup * WARPGROUP_ROWS
         limit = jnp.minimum(start + lax.div(first + row, group_size) + 1, length)
         first_limit = jnp.minimum(start + lax.div(first, group_size) + 1, length)
@@ -254,9 +251,7 @@ def _query(source, shared, warpgroup, plan):
         return target
     half = source.shape[-1] // 2
     return [
-        plgpu.load(
-            source.at[:, pl.ds(first, half)], layout=_MATRIX, optimized=False
-        )
+        plgpu.load(source.at[:, pl.ds(first, half)], layout=_MATRIX, optimized=False)
         for first in (0, half)
     ]
 
