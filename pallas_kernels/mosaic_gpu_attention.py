@@ -17,7 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.backends import DEFAULT_BLOCKS, Blocks, require
-from pallas_kernels.mosaic_gpu_kernels import LOG2_E, WARPGROUP_ROWS, Plan, attend
+from pallas_kernels.mosaic_gpu_kernels import LOG2_E, attend
+from pallas_kernels.mosaic_gpu_pages import WARPGROUP_ROWS, Plan, scratch
 from pallas_kernels.rope import RopeTables, rotate_to
 from pallas_kernels.split_context import count_splits, merge_splits
 from pallas_kernels.triton_attention import turn_keys
@@ -119,7 +120,7 @@ def _attend(rows, keys, pool, *arguments, plan, splits, group_size, interpret):
         grid_names=("row_block", "head", "split"),
         num_threads=plan.num_threads,
         thread_name="warpgroup",
-        scratch_types=_scratch(plan, head_dim),
+        scratch_types=scratch(plan, head_dim),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_attention",
         interpret=plgpu.InterpretGPUParams() if interpret else None,
@@ -142,39 +143,6 @@ def _rows(
     rows = rows.reshape(batch, new_tokens, kv_heads, -1, head_dim)
     rows = jnp.moveaxis(rows, 2, 1).reshape(batch, kv_heads, -1, head_dim)
     return jnp.pad(rows, ((0, 0), (0, 0), (0, padded - rows.shape[2]), (0, 0)))
-
-
-def _scratch(plan: Plan, head_dim: int) -> dict:
-    """Shared memory of a program and the barriers of its copies."""
-
-    def matrix(*shape):
-        # One swizzled stripe per half of the head where halves are multiplied alone.
-        columns = head_dim // 2 if head_dim == 128 or not plan.turns_keys else head_dim
-        transforms = (
-            plgpu.TilingTransform((8, columns)),
-            plgpu.SwizzleTransform(columns * jnp.bfloat16.dtype.itemsize),
-        )
-        return plgpu.SMEM((*shape, head_dim), jnp.bfloat16, transforms=transforms)
-
-    def barriers(num_arrivals):
-        return plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=plan.stages)
-
-    turns = 0 if plan.turns_keys else 2
-    scratch = {
-        "keys": matrix(plan.stages, plan.tile),
-        "values": matrix(plan.stages, plan.tile),
-        "keys_ready": barriers(plan.tile_copies + turns),
-        "values_ready": barriers(plan.tile_copies),
-        "keys_free": barriers(plan.warpgroups),
-        "values_free": barriers(plan.warpgroups),
-    }
-    if turns:
-        angle = plgpu.SMEM((plan.stages, head_dim // 2), jnp.float32)
-        return scratch | {"cos": angle, "sin": angle}
-    return scratch | {
-        "rows": matrix(plan.warpgroups, WARPGROUP_ROWS),
-        "rows_ready": plgpu.Barrier(num_barriers=plan.warpgroups),
-    }
 
 
 def _plan(blocks: Blocks, num_rows: int, pool: Array) -> Plan:
