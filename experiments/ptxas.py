@@ -3,6 +3,7 @@
 Knows dump folders and ptxas's words. Imports no jax: its flags must stand before that.
 """
 
+import os
 import re
 import subprocess
 from importlib.util import find_spec
@@ -14,8 +15,12 @@ _OURS = re.compile(r"paged_|turn_keys")
 
 
 def dump_flags(folder: str) -> str:
-    """XLA flags that leave the PTX of every kernel in `folder`."""
+    """XLA flags that leave the PTX of every kernel in `folder`.
+
+    Mosaic GPU compiles kernels by itself and is told by an environment variable.
+    """
     _state["folder"] = Path(folder)
+    os.environ["MOSAIC_GPU_DUMP_TO"] = folder
     return f"--xla_dump_to={folder} --xla_dump_emitter_re=.*"
 
 
@@ -47,8 +52,12 @@ def _report(path: Path) -> tuple[str, int, int, int]:
         for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
     ]
     registers, spilled = (int(found[1]) if found else 0 for found in numbers)
-    # Dynamic shared memory is asked for at launch and stands in no report.
+    # Dynamic shared memory is asked for at launch and stands in no report of ptxas;
+    # Mosaic GPU writes it down.
     shared = re.search(r"(\d+) bytes smem", done.stderr)
+    resources = path.with_suffix(".resources.txt")
+    if resources.exists():
+        shared = re.search(r"smem_scratch_bytes=(\d+)", resources.read_text())
     return entry[1] if entry else path.stem, registers, spilled, _bytes(shared)
 
 

@@ -17,7 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.backends import DEFAULT_BLOCKS, Blocks, require
-from pallas_kernels.mosaic_gpu_kernels import LOG2_E, WARPGROUP_ROWS, Plan, attend
+from pallas_kernels.mosaic_gpu_kernels import LOG2_E, attend
+from pallas_kernels.mosaic_gpu_pages import WARPGROUP_ROWS, Plan, scratch
 from pallas_kernels.rope import RopeTables, rotate_to
 from pallas_kernels.split_context import count_splits, merge_splits
 from pallas_kernels.triton_attention import turn_keys
@@ -77,26 +78,7 @@ def prefill(
     rows = _rows(query, starts, rope, kv_heads, row_blocks * plan.row_block)
     if plan.turns_keys:
         rows = rows.astype(pool.dtype)
-    shape = (splits, batch, kv_heads, row_blocks * plan.row_block)
-    out, log_sum = plgpu.kernel(
-        functools.partial(
-            attend, plan=plan, layer=layer, group_size=group_size, interpret=interpret
-        ),
-        out_type=[
-            jax.ShapeDtypeStruct(
-                (*shape, head_dim), query.dtype if splits == 1 else jnp.float32
-            ),
-            jax.ShapeDtypeStruct(shape, jnp.float32),
-        ],
-        grid=(row_blocks, batch * kv_heads, splits),
-        grid_names=("row_block", "head", "split"),
-        num_threads=plan.num_threads,
-        thread_name="warpgroup",
-        scratch_types=_scratch(plan, head_dim),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="paged_attention",
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(
+    out, log_sum = _attend(
         rows,
         keys,
         pool,
@@ -105,11 +87,44 @@ def prefill(
         lengths,
         rope.page_cos,
         rope.page_sin,
+        jnp.full((1,), layer, jnp.int32),
+        plan=plan,
+        splits=splits,
+        group_size=group_size,
+        interpret=interpret,
     )
     merged = merge_splits(out[..., :num_rows, :], log_sum[..., :num_rows])
     merged = merged.astype(query.dtype)
     merged = merged.reshape(batch, kv_heads, new_tokens, group_size, head_dim)
     return jnp.moveaxis(merged, 1, 2).reshape(query.shape)
+
+
+# Under jit of its own, so that the layers of a model share one lowering.
+@functools.partial(
+    jax.jit, static_argnames=("plan", "splits", "group_size", "interpret")
+)
+def _attend(rows, keys, pool, *arguments, plan, splits, group_size, interpret):
+    """Per split, the softmax over its part and the base-2 logarithm of its sum."""
+    batch, kv_heads, num_rows, head_dim = rows.shape
+    shape = (splits, batch, kv_heads, num_rows)
+    out_dtype = pool.dtype if splits == 1 else jnp.float32
+    return plgpu.kernel(
+        functools.partial(
+            attend, plan=plan, group_size=group_size, interpret=interpret
+        ),
+        out_type=[
+            jax.ShapeDtypeStruct((*shape, head_dim), out_dtype),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+        ],
+        grid=(num_rows // plan.row_block, batch * kv_heads, splits),
+        grid_names=("row_block", "head", "split"),
+        num_threads=plan.num_threads,
+        thread_name="warpgroup",
+        scratch_types=scratch(plan, head_dim),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="paged_attention",
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(rows, keys, pool, *arguments)
 
 
 def _rows(
@@ -128,39 +143,6 @@ def _rows(
     rows = rows.reshape(batch, new_tokens, kv_heads, -1, head_dim)
     rows = jnp.moveaxis(rows, 2, 1).reshape(batch, kv_heads, -1, head_dim)
     return jnp.pad(rows, ((0, 0), (0, 0), (0, padded - rows.shape[2]), (0, 0)))
-
-
-def _scratch(plan: Plan, head_dim: int) -> dict:
-    """Shared memory of a program and the barriers of its copies."""
-
-    def matrix(*shape):
-        # One swizzled stripe per half of the head where halves are multiplied alone.
-        columns = head_dim // 2 if head_dim == 128 or not plan.turns_keys else head_dim
-        transforms = (
-            plgpu.TilingTransform((8, columns)),
-            plgpu.SwizzleTransform(columns * jnp.bfloat16.dtype.itemsize),
-        )
-        return plgpu.SMEM((*shape, head_dim), jnp.bfloat16, transforms=transforms)
-
-    def barriers(num_arrivals):
-        return plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=plan.stages)
-
-    turns = 0 if plan.turns_keys else 2
-    scratch = {
-        "keys": matrix(plan.stages, plan.tile),
-        "values": matrix(plan.stages, plan.tile),
-        "keys_ready": barriers(plan.tile_copies + turns),
-        "values_ready": barriers(plan.tile_copies),
-        "keys_free": barriers(plan.warpgroups),
-        "values_free": barriers(plan.warpgroups),
-    }
-    if turns:
-        angle = plgpu.SMEM((plan.stages, head_dim // 2), jnp.float32)
-        return scratch | {"cos": angle, "sin": angle}
-    return scratch | {
-        "rows": matrix(plan.warpgroups, WARPGROUP_ROWS),
-        "rows_ready": plgpu.Barrier(num_barriers=plan.warpgroups),
-    }
 
 
 def _plan(blocks: Blocks, num_rows: int, pool: Array) -> Plan:

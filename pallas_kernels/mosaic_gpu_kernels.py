@@ -1,53 +1,45 @@
 """The kernel body of `mosaic_gpu_attention`, in what Pallas lowers to Mosaic GPU.
 
-Knows references, barriers and warpgroups. Does not know how sizes are chosen.
+Knows references, warpgroups and their matrices. Does not know how sizes are chosen or
+how tiles arrive.
 """
 
 import functools
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from pallas_kernels.mosaic_gpu_pages import WARPGROUP_ROWS, Plan, Tiles
 
 LOG2_E = 1.4426950408889634
 # Finite, so that a row that has seen no token yet computes no inf - inf.
 NO_SCORE = -1e30
-# A tensor core instruction of one warpgroup is so many rows high.
-WARPGROUP_ROWS = 64
 _MATRIX = plgpu.Layout.WGMMA
 _PER_ROW, _PER_COLUMN = _MATRIX.reduce(1), _MATRIX.reduce(0)
+# Registers of a thread that computes and of one that only issues copies: two
+# warpgroups of the first kind and one of the second fill a multiprocessor.
+_COMPUTE_REGISTERS, _LOADER_REGISTERS = 232, 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Sizes of one call; see `Blocks`.
+class _Rows:
+    """The rows of one warpgroup.
 
     Attributes:
-        warpgroups: of `WARPGROUP_ROWS` rows each; they share the tiles of context.
-        tile_copies: pages, or the one part of a page, that make up a tile.
+        query: where they are in shared memory, or both halves of them in registers.
+        limits: tokens that each row sees.
+        clear: steps, from the first one on, whose tokens all rows see.
     """
 
-    warpgroups: int
-    tile: int
-    tile_copies: int
-    turns_keys: bool
-    stages: int
-
-    @property
-    def row_block(self) -> int:
-        return self.warpgroups * WARPGROUP_ROWS
-
-    @property
-    def has_loader(self) -> bool:
-        """Whether a warpgroup of its own issues the copies."""
-        return self.warpgroups > 1
-
-    @property
-    def num_threads(self) -> int:
-        return self.warpgroups + self.has_loader
+    query: Any
+    limits: Array
+    clear: Array
 
 
 def attend(
@@ -59,183 +51,148 @@ def attend(
     lengths_ref,  # [batch]
     page_cos_ref,  # [num_pages, head_dim / 2]
     page_sin_ref,  # [num_pages, head_dim / 2]
+    layer_ref,  # [1], so that all layers of a model share one compiled kernel
     out_ref,  # [splits, batch, kv_heads, rows, head_dim]
     log_sum_ref,  # [splits, batch, kv_heads, rows]
     *,
     plan: Plan,
-    layer: int,
     group_size: int,
     interpret: bool,
     **scratch,
 ):
     """Rows of one kv head of one sequence over one part of its context."""
     shared = SimpleNamespace(**scratch)
-    kv_heads, page_tokens = pool_ref.shape[2], pool_ref.shape[4]
-    head, split = lax.axis_index("head"), lax.axis_index("split")
-    sequence, kv_head = lax.div(head, kv_heads), lax.rem(head, kv_heads)
-    row_blocks = rows_ref.shape[2] // plan.row_block
+    slots, _, kv_heads, _, page_tokens, head_dim = pool_ref.shape
+    width, split = tables_ref.shape[1], lax.axis_index("split")
+    sequence = lax.div(lax.axis_index("head"), kv_heads)
+    kv_head = lax.rem(lax.axis_index("head"), kv_heads)
+    last_block = rows_ref.shape[2] // plan.row_block - 1
     # The longest contexts first, so that the last are short.
-    first_row = (row_blocks - 1 - lax.axis_index("row_block")) * plan.row_block
-    start, length = starts_ref[sequence], lengths_ref[sequence]
-    reach = tables_ref.shape[1] * page_tokens
-    length = jnp.minimum(length, reach)
-    first_position = start + lax.div(first_row, group_size)
-    last_position = start + lax.div(first_row + plan.row_block - 1, group_size)
-    end = jnp.where(first_position < length, jnp.minimum(length, last_position + 1), 0)
+    first_row = (last_block - lax.axis_index("row_block")) * plan.row_block
+    start, layer = starts_ref[sequence], layer_ref[0]
+    length = jnp.minimum(lengths_ref[sequence], width * page_tokens)
+
+    def sees(row):
+        return jnp.minimum(start + lax.div(row, group_size) + 1, length)
+
+    is_padding = start + lax.div(first_row, group_size) >= length
+    end = jnp.where(is_padding, 0, sees(first_row + plan.row_block - 1))
     end_tile = _cdiv(end, plan.tile)
     share = _cdiv(end_tile, out_ref.shape[0])
-    begin = jnp.minimum(split * share, end_tile)
-    tiles = jnp.minimum(share, end_tile - begin)
+    first = jnp.minimum(split * share, end_tile)
 
-    def pages_of(index):
-        """(page, slot) of each copy of a tile."""
-        pages = [
-            jnp.minimum(
-                lax.div(index * plan.tile, page_tokens) + part, tables_ref.shape[1] - 1
-            )
-            for part in range(plan.tile_copies)
-        ]
-        slots = [tables_ref[sequence, page] for page in pages]
-        return [
-            (page, jnp.clip(slot, 0, pool_ref.shape[0] - 1))
-            for page, slot in zip(pages, slots, strict=True)
-        ]
+    def keys_of(page, slot):
+        if plan.turns_keys:
+            return keys_ref.at[sequence, jnp.minimum(page, width - 1), kv_head]
+        return keys_ref.at[slot, layer, kv_head, 0]
 
-    height = plan.tile // plan.tile_copies
+    def slot_of(page):
+        """Inside the pool whatever the table says."""
+        return jnp.clip(
+            tables_ref[sequence, jnp.minimum(page, width - 1)], 0, slots - 1
+        )
 
-    def copy(places, index, source, destination, ready):
-        inside = slice(None)
-        if height < page_tokens:
-            offset = lax.rem(index * height, page_tokens)
-            inside = pl.ds(pl.multiple_of(offset, height), height)
-        for part, place in enumerate(places):
-            target = destination.at[pl.ds(part * height, height)]
-            plgpu.copy_gmem_to_smem(source(*place).at[inside], target, ready)
-
-    def load_keys(places, index, stage):
-        ready = shared.keys_ready.at[stage]
-
-        def source(page, slot):
-            if plan.turns_keys:
-                return keys_ref.at[sequence, page, kv_head]
-            return keys_ref.at[slot, layer, kv_head, 0]
-
-        copy(places, index, source, shared.keys.at[stage], ready)
-        if not plan.turns_keys:
-            page = places[0][0]
-            for table, row in (page_cos_ref, shared.cos), (page_sin_ref, shared.sin):
-                plgpu.copy_gmem_to_smem(table.at[page], row.at[stage], ready)
-
-    def load_values(places, index, stage):
-        def source(page, slot):
-            return pool_ref.at[slot, layer, kv_head, 1]
-
-        ready = shared.values_ready.at[stage]
-        copy(places, index, source, shared.values.at[stage], ready)
-
-    def load_first():
-        for stage in range(plan.stages):
-
-            @pl.when(stage < tiles)
-            def _(stage=stage):
-                places = pages_of(begin + stage)
-                load_keys(places, begin + stage, stage)
-                load_values(places, begin + stage, stage)
+    tiles = Tiles(
+        plan=plan,
+        shared=shared,
+        first=first,
+        count=jnp.minimum(share, end_tile - first),
+        page_tokens=page_tokens,
+        slot_of=slot_of,
+        keys_of=keys_of,
+        values_of=lambda page, slot: pool_ref.at[slot, layer, kv_head, 1],
+        angles_of=lambda page: (page_cos_ref.at[page], page_sin_ref.at[page]),
+    )
 
     def compute(warpgroup):
-        rows = pl.ds(first_row + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-        source = rows_ref.at[sequence, kv_head, rows]
-        query = _query(source, shared, warpgroup, plan)
+        own_row = first_row + warpgroup * WARPGROUP_ROWS
+        place = sequence, kv_head, pl.ds(own_row, WARPGROUP_ROWS)
         row = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=_PER_ROW)
-        first = first_row + warpgroup * WARPGROUP_ROWS
-        limit = jnp.minimum(start + lax.div(first + row, group_size) + 1, length)
-        first_limit = jnp.minimum(start + lax.div(first, group_size) + 1, length)
-        clear = jnp.clip(lax.div(first_limit, plan.tile) - begin, 0, tiles)
-
-        def attend_tile(is_clear, step, state):
-            peak, total, weighted = state
-            index, stage = begin + step, lax.rem(step, plan.stages)
-            if not plan.has_loader:
-                later = pages_of(index + plan.stages)
-            more = step + plan.stages < tiles
-            plgpu.barrier_wait(shared.keys_ready.at[stage])
-            score = _product(
-                _turned(query, shared, stage, plan), shared.keys.at[stage], interpret
-            )
-            plgpu.barrier_arrive(shared.keys_free.at[stage])
-            if not plan.has_loader:
-                plgpu.barrier_wait(shared.keys_free.at[stage])
-                pl.when(more)(lambda: load_keys(later, index + plan.stages, stage))
-            if not is_clear:
-                context = index * plan.tile + plgpu.broadcasted_iota(
-                    jnp.int32, score.shape, 1, layout=_MATRIX
-                )
-                visible = context < lax.broadcast_in_dim(limit, score.shape, [0])
-                score = jnp.where(visible, score, -jnp.inf)
-            new_peak = jnp.maximum(peak, score.max(axis=1))
-            weight = jnp.exp2(score - lax.broadcast_in_dim(new_peak, score.shape, [0]))
-            rescale = jnp.exp2(peak - new_peak)
-            total = total * rescale + weight.sum(axis=1)
-            weighted *= lax.broadcast_in_dim(rescale, weighted.shape, [0])
-            weight = weight.astype(pool_ref.dtype)
-            plgpu.barrier_wait(shared.values_ready.at[stage])
-            values = shared.values.at[stage]
-            if not is_clear:
-                _clear_rows(values, length - index * plan.tile)
-            weighted = _accumulate(weighted, weight, values, interpret)
-            plgpu.barrier_arrive(shared.values_free.at[stage])
-            if not plan.has_loader:
-                plgpu.barrier_wait(shared.values_free.at[stage])
-                pl.when(more)(lambda: load_values(later, index + plan.stages, stage))
-            return new_peak, total, weighted
-
-        head_dim = pool_ref.shape[5]
-        full = (WARPGROUP_ROWS, head_dim)
-        state = (
-            plgpu.layout_cast(jnp.full(full[:1], NO_SCORE, jnp.float32), _PER_ROW),
-            plgpu.layout_cast(jnp.full(full[:1], 0, jnp.float32), _PER_ROW),
-            plgpu.layout_cast(jnp.full(full, 0, jnp.float32), _MATRIX),
+        clear = lax.div(sees(own_row), plan.tile) - first
+        rows = _Rows(
+            query=_query(rows_ref.at[place], shared, warpgroup, plan),
+            limits=sees(own_row + row),
+            clear=jnp.clip(clear, 0, tiles.count),
         )
-        state = lax.fori_loop(0, clear, functools.partial(attend_tile, True), state)
-        state = lax.fori_loop(
-            clear, tiles, functools.partial(attend_tile, False), state
-        )
-        peak, total, weighted = state
-        divisor = jnp.where(total == 0, 1.0, total)
-        log_sum = jnp.where(total == 0, NO_SCORE, peak + jnp.log(divisor) * LOG2_E)
-        weighted /= lax.broadcast_in_dim(divisor, full, [0])
-        place = split, sequence, kv_head, rows
-        out_ref.at[place][...] = weighted.astype(out_ref.dtype)
-        log_sum_ref.at[place][...] = log_sum
-
-    def load():
-        load_first()
-
-        def load_tile(step, _):
-            stage = lax.rem(step, plan.stages)
-            places = pages_of(begin + step)
-            plgpu.barrier_wait(shared.keys_free.at[stage])
-            load_keys(places, begin + step, stage)
-            plgpu.barrier_wait(shared.values_free.at[stage])
-            load_values(places, begin + step, stage)
-
-        lax.fori_loop(plan.stages, tiles, load_tile, None)
+        out, log_sum = _softmax_rows(rows, tiles, length, head_dim, interpret)
+        out_ref.at[split, *place][...] = out.astype(out_ref.dtype)
+        log_sum_ref.at[split, *place][...] = log_sum
 
     if not plan.has_loader:
-        load_first()
+        tiles.load_first()
         compute(0)
         return
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < plan.warpgroups)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
         compute(warpgroup)
 
     @pl.when(warpgroup == plan.warpgroups)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
-        load()
+        plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
+        tiles.load_first()
+        tiles.load_rest()
+
+
+def _softmax_rows(rows: _Rows, tiles: Tiles, length, head_dim: int, interpret: bool):
+    """Softmax of the rows over the tiles, and base-2 logarithms of their sums."""
+    shape = (WARPGROUP_ROWS, head_dim)
+    state = (
+        plgpu.layout_cast(jnp.full(shape[:1], NO_SCORE, jnp.float32), _PER_ROW),
+        plgpu.layout_cast(jnp.zeros(shape[:1], jnp.float32), _PER_ROW),
+        plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _MATRIX),
+    )
+    clear, masked = (
+        functools.partial(_attend_tile, rows, tiles, end, interpret)
+        for end in (None, length)
+    )
+    state = lax.fori_loop(0, rows.clear, clear, state)
+    peak, total, weighted = lax.fori_loop(rows.clear, tiles.count, masked, state)
+    divisor = jnp.where(total == 0, 1.0, total)
+    log_sum = jnp.where(total == 0, NO_SCORE, peak + jnp.log(divisor) * LOG2_E)
+    return weighted / lax.broadcast_in_dim(divisor, shape, [0]), log_sum
+
+
+def _attend_tile(rows: _Rows, tiles: Tiles, length, interpret: bool, step, state):
+    """One step of the online softmax; a `length` means that the tile needs a mask."""
+    peak, total, weighted = state
+    plan, shared = tiles.plan, tiles.shared
+    stage, later = lax.rem(step, plan.stages), step + plan.stages
+    first_token = (tiles.first + step) * plan.tile
+    if not plan.has_loader:
+        later_places = tiles.places(later)  # read early, used after the products
+
+    def release(free, load):
+        """Lets go of a buffer; without a loader, also fills it again."""
+        plgpu.barrier_arrive(free.at[stage])
+        if not plan.has_loader:
+            plgpu.barrier_wait(free.at[stage])  # until all four warps are done
+            pl.when(later < tiles.count)(lambda: load(later, later_places))
+
+    plgpu.barrier_wait(shared.keys_ready.at[stage])
+    query = _turned_back(rows.query, shared, stage, plan)
+    score = _product(query, shared.keys.at[stage], interpret)
+    release(shared.keys_free, tiles.load_keys)
+    if length is not None:
+        token = first_token + plgpu.broadcasted_iota(
+            jnp.int32, score.shape, 1, layout=_MATRIX
+        )
+        visible = token < lax.broadcast_in_dim(rows.limits, score.shape, [0])
+        score = jnp.where(visible, score, -jnp.inf)
+    new_peak = jnp.maximum(peak, score.max(axis=1))
+    weight = jnp.exp2(score - lax.broadcast_in_dim(new_peak, score.shape, [0]))
+    rescale = jnp.exp2(peak - new_peak)
+    total = total * rescale + weight.sum(axis=1)
+    weighted *= lax.broadcast_in_dim(rescale, weighted.shape, [0])
+    plgpu.barrier_wait(shared.values_ready.at[stage])
+    values = shared.values.at[stage]
+    if length is not None:
+        _clear_rows(values, length - first_token)
+    weighted = _accumulate(weighted, weight.astype(values.dtype), values, interpret)
+    release(shared.values_free, tiles.load_values)
+    return new_peak, total, weighted
 
 
 def _cdiv(x, y: int):
@@ -256,25 +213,28 @@ def _query(source, shared, warpgroup, plan):
     ]
 
 
-def _turned(query, shared, stage, plan):
+def _turned_back(query, shared, stage, plan):
     """What meets the keys of a tile: rows turned back by their page; see `rope`."""
     if plan.turns_keys:
         return [query]
     first, second = query
     cos, sin = (
         lax.broadcast_in_dim(
-            plgpu.load(table.at[stage], layout=_PER_COLUMN, optimized=False),
+            plgpu.load(angles.at[stage], layout=_PER_COLUMN, optimized=False),
             first.shape,
             [1],
         )
-        for table in (shared.cos, shared.sin)
+        for angles in (shared.cos, shared.sin)
     )
     turned = first * cos + second * sin, second * cos - first * sin
     return [half.astype(jnp.bfloat16) for half in turned]
 
 
-def _product(parts, keys, interpret):
-    """parts @ keys.T, where `parts` are side by side."""
+def _product(parts, keys, interpret: bool):
+    """parts @ keys.T, where `parts` stand side by side.
+
+    The interpreter knows no product with an operand in registers.
+    """
     width = keys.shape[-1] // len(parts)
     columns = [pl.ds(index * width, width) for index in range(len(parts))]
     if interpret:
@@ -292,12 +252,11 @@ def _product(parts, keys, interpret):
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
-def _accumulate(weighted, weight, values, interpret):
+def _accumulate(weighted, weight, values, interpret: bool):
     """weighted + weight @ values."""
     if interpret:
-        return weighted + jnp.dot(
-            weight, values[...], preferred_element_type=jnp.float32
-        )
+        product = jnp.dot(weight, values[...], preferred_element_type=jnp.float32)
+        return weighted + product
 
     def multiply(sums):
         plgpu.wgmma(sums, weight, values)
@@ -306,7 +265,10 @@ def _accumulate(weighted, weight, values, interpret):
 
 
 def _clear_rows(values, num_rows):
-    """Zeros from row `num_rows` on: 0 * NaN is NaN."""
+    """Zeros from row `num_rows` on: 0 * NaN is NaN.
+
+    Warpgroups that share the tile all do so, and write the same.
+    """
 
     @pl.when(num_rows < values.shape[0])
     def _():
