@@ -112,3 +112,20 @@ def test_what_the_kernel_cannot_do_is_said():
     for option in ({"window": 5}, {"soft_cap": 2.0}):
         with pytest.raises(NotImplementedError, match="mosaic_gpu"):
             decode(problem, **option)
+
+
+def test_tables_that_point_nowhere_stay_inside_the_pool():
+    """On a GPU a wild read would end the process; lengths under jit are not known."""
+    problem = make_problem([20, 90], page_tokens=64, head_dim=64, kv_heads=1)
+    run = functools.partial(
+        decode_attention, layer=1, backend="mosaic_gpu", interpret=True
+    )
+    output = jax.jit(run)(
+        last_queries(problem),
+        problem.pool,
+        problem.page_tables.at[1].set(10**6),
+        problem.lengths.at[1].set(10**6),
+        problem.rope,
+    )
+    clean = decode(problem)
+    np.testing.assert_array_equal(np.asarray(output[0]), np.asarray(clean[0]))
