@@ -85,6 +85,7 @@ class Row:
     Attributes:
         kernels: (name, registers, spilled bytes, shared bytes) of our own kernels;
             CUDA only.
+        refused: what the kernel says that it cannot do; that is no failure.
         notes: what is wrong with it, in words; empty when nothing is.
     """
 
@@ -95,10 +96,13 @@ class Row:
     argument_bytes: int = 0
     temporary_bytes: int = 0
     kernels: list = field(default_factory=list)
+    refused: str = ""
     notes: list[str] = field(default_factory=list)
 
     @property
     def verdict(self) -> str:
+        if self.refused:
+            return "refused: " + self.refused
         return "ok" if not self.notes else "FAIL: " + "; ".join(self.notes)
 
 
@@ -180,6 +184,9 @@ def _compile(program: "Program", target: str, model: str) -> Row:
         with jax.set_mesh(program.mesh):
             jitted = jax.jit(program.function, donate_argnums=program.donated)
             compiled = jitted.lower(*program.arguments).compile()
+    except NotImplementedError as error:
+        row.refused = str(error)
+        return row
     except Exception as error:  # whatever a compiler may raise is the row's news
         row.notes.append(str(error).strip().splitlines()[0][:200])
         return row

@@ -17,10 +17,12 @@ _OURS = re.compile(r"paged_|turn_keys")
 def dump_flags(folder: str) -> str:
     """XLA flags that leave the PTX of every kernel in `folder`.
 
-    Mosaic GPU compiles kernels by itself and is told by an environment variable.
+    Mosaic GPU compiles kernels by itself and is told by an environment variable. It
+    complains where nvdisasm is missing, with a stack trace that takes seconds to name.
     """
     _state["folder"] = Path(folder)
     os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+    os.environ["LLVM_DISABLE_SYMBOLIZATION"] = "1"
     return f"--xla_dump_to={folder} --xla_dump_emitter_re=.*"
 
 

@@ -38,6 +38,11 @@ def decode(
     interpret: bool = False,
 ) -> Float[Array, "batch heads head_dim"]:
     """`decode_attention` by flash decoding: small batches split their contexts."""
+    require(
+        pool.shape[4] >= WARPGROUP_ROWS,
+        "mosaic_gpu",
+        f"a decode in pages of {pool.shape[4]} tokens, only of 64 or more",
+    )
     starts = jnp.maximum(lengths - 1, 0)
     options = {"layer": layer, "window": window, "soft_cap": soft_cap}
     options |= {"blocks": blocks, "interpret": interpret}
@@ -61,15 +66,17 @@ def prefill(
     interpret: bool = False,
 ) -> Float[Array, "batch new_tokens heads head_dim"]:
     """`prefill_attention` by flash attention; a row block holds whole groups."""
-    _require_supported(query, pool, window, soft_cap)
     batch, new_tokens, heads, head_dim = query.shape
     kv_heads, page_tokens = pool.shape[2], rope.page_tokens
     group_size = heads // kv_heads
     num_rows = new_tokens * group_size
     plan = _plan(blocks, num_rows, pool)
+    _require_supported(query, pool, plan, window, soft_cap)
     row_blocks = pl.cdiv(num_rows, plan.row_block)
     reach = page_tables.shape[1] * page_tokens
-    splits = blocks.splits or count_splits(batch * kv_heads * row_blocks, reach)
+    # A program of two warpgroups has a multiprocessor to itself.
+    programs = batch * kv_heads * row_blocks * plan.warpgroups
+    splits = blocks.splits or count_splits(programs, reach)
     keys = (
         turn_keys(pool, page_tables, lengths, rope, layer=layer, interpret=interpret)
         if plan.turns_keys
@@ -148,24 +155,28 @@ def _rows(
 def _plan(blocks: Blocks, num_rows: int, pool: Array) -> Plan:
     """What `blocks` leaves open, by registers and shared memory."""
     page_tokens = pool.shape[4]
+    few = num_rows <= WARPGROUP_ROWS
     turns_keys = blocks.turns_keys
     if turns_keys is None:
-        turns_keys = num_rows > WARPGROUP_ROWS
-    turns_keys |= page_tokens < WARPGROUP_ROWS  # a tile then holds several pages
-    rows = 2 * WARPGROUP_ROWS if num_rows > WARPGROUP_ROWS else WARPGROUP_ROWS
-    tile = 128 if turns_keys and page_tokens >= 128 else 64
-    tile = blocks.context_tokens or tile
-    rows = (blocks.query_rows or rows) if turns_keys else WARPGROUP_ROWS
+        turns_keys = not few or page_tokens < WARPGROUP_ROWS
+    if turns_keys:
+        rows = blocks.query_rows or (1 if few else 2) * WARPGROUP_ROWS
+        tile = blocks.context_tokens or (128 if page_tokens >= 128 else 64)
+    else:
+        rows, tile = WARPGROUP_ROWS, 64
+    # 192 KB of a multiprocessor's shared memory in flight for few rows, in two
+    # programs of three stages; 128 KB for many, in one.
+    stages = 256 // tile if turns_keys else 3
     return Plan(
         warpgroups=rows // WARPGROUP_ROWS,
         tile=tile,
         tile_copies=pl.cdiv(tile, page_tokens),
         turns_keys=turns_keys,
-        stages=blocks.num_stages or (3 if not turns_keys else 256 // tile),
+        stages=blocks.num_stages or stages,
     )
 
 
-def _require_supported(query, pool, window, soft_cap):
+def _require_supported(query, pool, plan, window, soft_cap):
     def demand(condition, what):
         require(condition, "mosaic_gpu", what)
 
@@ -181,3 +192,12 @@ def _require_supported(query, pool, window, soft_cap):
         page_tokens in (16, 32, 64, 128, 256),
         f"{page_tokens=}, only powers of 2 from 16 to 256",
     )
+    demand(
+        plan.turns_keys or page_tokens >= WARPGROUP_ROWS,
+        f"queries turned back in pages of {page_tokens} tokens, only of 64 or more",
+    )
+    demand(
+        plan.tile in (64, 128) and (plan.turns_keys or plan.tile <= page_tokens),
+        f"context_tokens={plan.tile}, only 64 and 128",
+    )
+    demand(plan.warpgroups in (1, 2), f"query_rows={plan.row_block}, only 64 and 128")

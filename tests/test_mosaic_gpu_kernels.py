@@ -57,7 +57,7 @@ def prefill(problem, starts, **options):
 
 @pytest.mark.parametrize(
     ("page_tokens", "head_dim", "group_size", "splits"),
-    [(64, 128, 4, 1), (128, 64, 1, 2), (64, 64, 16, 3), (16, 128, 4, 1)],
+    [(64, 128, 4, 1), (128, 64, 1, 2), (64, 64, 16, 3), (256, 64, 2, 1)],
 )
 def test_decode_matches_dense_attention(page_tokens, head_dim, group_size, splits):
     p = page_tokens
@@ -80,6 +80,7 @@ def test_decode_matches_dense_attention(page_tokens, head_dim, group_size, split
         (64, 128, 4, False, 2),
         (128, 64, 1, False, 1),
         (32, 128, 4, True, 1),
+        (16, 128, 1, None, 2),
     ],
 )
 def test_prefill_matches_dense_attention(
@@ -112,3 +113,24 @@ def test_what_the_kernel_cannot_do_is_said():
     for option in ({"window": 5}, {"soft_cap": 2.0}):
         with pytest.raises(NotImplementedError, match="mosaic_gpu"):
             decode(problem, **option)
+    with pytest.raises(NotImplementedError, match="pages of 16"):
+        decode(make_problem([70], page_tokens=16, head_dim=64))
+    with pytest.raises(NotImplementedError, match="head_dim=32"):
+        decode(make_problem([70], page_tokens=64, head_dim=32))
+
+
+def test_tables_that_point_nowhere_stay_inside_the_pool():
+    """On a GPU a wild read would end the process; lengths under jit are not known."""
+    problem = make_problem([20, 90], page_tokens=64, head_dim=64, kv_heads=1)
+    run = functools.partial(
+        decode_attention, layer=1, backend="mosaic_gpu", interpret=True
+    )
+    output = jax.jit(run)(
+        last_queries(problem),
+        problem.pool,
+        problem.page_tables.at[1].set(10**6),
+        problem.lengths.at[1].set(10**6),
+        problem.rope,
+    )
+    clean = decode(problem)
+    np.testing.assert_array_equal(np.asarray(output[0]), np.asarray(clean[0]))
