@@ -130,8 +130,18 @@ def _attend(rows, keys, pool, *arguments, plan, splits, group_size, interpret):
         scratch_types=scratch(plan, head_dim),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_attention",
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=_interpreter() if interpret else None,
     )(rows, keys, pool, *arguments)
+
+
+def _interpreter():
+    params = getattr(plgpu, "InterpretGPUParams", None)
+    if params is None:
+        raise NotImplementedError(
+            f'backend="mosaic_gpu" cannot be interpreted by jax {jax.__version__}; '
+            "0.12 can"
+        )
+    return params()
 
 
 def _rows(

@@ -4,6 +4,10 @@ Knows references, warpgroups and their matrices. Does not know how sizes are cho
 how tiles arrive.
 """
 
+# To pyright the decorators and names of Mosaic GPU are untyped or private.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportPrivateImportUsage=false
+
 import functools
 from dataclasses import dataclass
 from types import SimpleNamespace

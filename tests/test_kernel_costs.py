@@ -1,5 +1,7 @@
 """Counted costs of kernels, the roofline's bounds, the speed experiment tried out."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import pytest
 
@@ -70,7 +72,7 @@ def test_rows_that_miss_their_target_say_so(program, num_bytes, flops, missed):
 def test_the_speed_experiment_runs_and_says_what_refuses(tmp_path):
     directory = RunDirectory(tmp_path / "run")
     directory.open()
-    summary = kernel_speed.run(
+    summary: dict[str, Any] = kernel_speed.run(
         directory,
         models=("llama-3-8b",),
         backends=("auto", "cudnn"),
