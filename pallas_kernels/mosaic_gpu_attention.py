@@ -65,7 +65,7 @@ def prefill(
     blocks: Blocks = DEFAULT_BLOCKS,
     interpret: bool = False,
 ) -> Float[Array, "batch new_tokens heads head_dim"]:
-    """`prefill_attention` by flash attention; a row block holds whole groups."""
+    """`prefill_attention` by flash attention: a row is a token and a query head."""
     batch, new_tokens, heads, head_dim = query.shape
     kv_heads, page_tokens = pool.shape[2], rope.page_tokens
     group_size = heads // kv_heads
