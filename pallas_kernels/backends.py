@@ -67,8 +67,8 @@ class Kernels:
     interpret: bool = False
 
     def __post_init__(self):
-        for backend in (self.prefill, self.decode):
-            resolve_backend(backend, {})
+        for name in ("prefill", "decode"):
+            _check_name(f"{name} kernel", getattr(self, name))
 
 
 @no_type_check  # what it is handed may be wrong
@@ -152,11 +152,15 @@ def resolve_backend(backend: str, auto: dict[str, str]) -> str:
     Raises:
         ValueError: no such backend.
     """
-    if backend == "auto":
-        return auto.get(jax.default_backend(), "xla")
-    if backend not in BACKENDS:
-        raise ValueError(f"{backend=} is not one of auto, {', '.join(BACKENDS)}")
-    return backend
+    _check_name("backend", backend)
+    return auto.get(jax.default_backend(), "xla") if backend == "auto" else backend
+
+
+def _check_name(what: str, backend: str) -> None:
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(
+            f"{what} {backend!r} is not one of auto, {', '.join(BACKENDS)}"
+        )
 
 
 def require(condition: bool, backend: str, what: str) -> None:

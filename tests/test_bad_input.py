@@ -77,6 +77,7 @@ def test_sampling_parameters_out_of_range_are_refused(change, sentence):
         ({"max_batch": 0}, "max_batch=0"),
         ({"chunk_tokens": ()}, r"chunk_tokens=\(\)"),
         ({"reuse": "cache"}, "reuse='cache'"),
+        ({"decode_kernel": "cuda"}, "decode kernel 'cuda' is not one of auto, xla"),
     ],
 )
 def test_engine_settings_out_of_range_are_refused(change, sentence):
