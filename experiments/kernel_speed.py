@@ -16,16 +16,15 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from cachedattn_jax.model.config import LlamaConfig, preset
+from cachedattn_jax.model.config import preset
 from cachedattn_jax.run_directory import Claim, RunDirectory
+from experiments.kernel_errors import decode_errors, random_pages
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.rope import RopeTables, rope_tables
 
 # The row of each claim: 8K tokens, a batch of 16 for decode.
 CLAIM_TOKENS, CLAIM_BATCH = 8192, 16
@@ -69,7 +68,7 @@ def run(
         for backend in backends
         for kind, case in cases
     ]
-    errors = _errors(backends, page_tokens, interpret, seed)
+    errors = decode_errors(backends, page_tokens, interpret, seed)
     for config, size, backend, kind, case in track(todo, "timing", console=console):
         row = {
             "heads": f"{config.num_heads}/{config.num_kv_heads}",
@@ -169,7 +168,7 @@ def _seconds(function: Callable, *arguments, calls: int = 10) -> float:
 
 
 def _time_decode(config, page_tokens, backend, interpret, seed, batch, context):
-    pool, tables, rope = _pages(config, page_tokens, batch, context, seed)
+    pool, tables, rope = random_pages(config, page_tokens, batch, context, seed)
     shape = (batch, config.num_heads, config.head_dim)
     query = jax.random.normal(jax.random.key(seed), shape, pool.dtype)
     lengths = jnp.full(batch, context, jnp.int32)
@@ -183,7 +182,7 @@ def _time_decode(config, page_tokens, backend, interpret, seed, batch, context):
 
 def _time_prefill(config, page_tokens, backend, interpret, seed, batch, new, history):
     context = new + history
-    pool, tables, rope = _pages(config, page_tokens, batch, context, seed)
+    pool, tables, rope = random_pages(config, page_tokens, batch, context, seed)
     shape = (batch, new, config.num_heads, config.head_dim)
     query = jax.random.normal(jax.random.key(seed), shape, pool.dtype)
     starts = jnp.full(batch, history, jnp.int32)
@@ -207,92 +206,6 @@ def _chained(attend: Callable, query, *rest, calls: int) -> float:
         return jax.lax.fori_loop(0, calls, lambda _, q: attend(q, *rest), query)
 
     return _seconds(chain, query, *rest, calls=1) / calls
-
-
-def _pages(
-    config: LlamaConfig, page_tokens: int, batch: int, context: int, seed: int
-) -> tuple[jax.Array, jax.Array, RopeTables]:
-    """A pool of random pages, shuffled tables over it, and the rotations."""
-    width = -(-context // page_tokens)
-    slots = batch * width
-    shape = (slots, 1, config.num_kv_heads, 2, page_tokens, config.head_dim)
-    pool = jax.random.normal(jax.random.key(seed + 1), shape, jnp.bfloat16)
-    tables = np.random.default_rng(seed).permutation(slots).reshape(batch, width)
-    rope = rope_tables(
-        config.inverse_frequencies(), page_tokens=page_tokens, num_pages=width
-    )
-    return pool, jnp.asarray(tables, jnp.int32), rope
-
-
-# ---- correctness ----
-
-
-def _errors(backends, page_tokens, interpret, seed) -> list[dict]:
-    """Decode errors on this device against float64, over those of attention with
-    rotated keys in bfloat16.
-    """
-    config = preset("llama-3-8b", dtype="bfloat16")
-    found = []
-    for size in page_tokens:
-        for backend in backends:
-            row = {"backend": backend, "page_tokens": size}
-            try:
-                found.append(row | _error(config, size, backend, interpret, seed))
-            except NotImplementedError as error:
-                found.append(row | {"refused": str(error)})
-    return found
-
-
-def _error(config, page_tokens, backend, interpret, seed) -> dict:
-    batch, context = 4, 8 * page_tokens - 3
-    pool, tables, rope = _pages(config, page_tokens, batch, context, seed)
-    shape = (batch, config.num_heads, config.head_dim)
-    query = jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
-    last = context % page_tokens  # what lies past the length must not matter
-    pool = pool.at[tables[:, -1], :, :, :, last:].set(jnp.nan)
-    lengths = jnp.full(batch, context, jnp.int32)
-    attend = functools.partial(
-        decode_attention, layer=0, backend=backend, interpret=interpret
-    )
-    output = np.asarray(jax.jit(attend)(query, pool, tables, lengths, rope), np.float64)
-    ours, ordinary = [], []
-    for row in range(batch):
-        pages = np.asarray(pool[tables[row], 0], np.float64)
-        kv = np.moveaxis(pages, 0, 2).reshape(config.num_kv_heads, 2, -1, shape[-1])
-        kv = kv[:, :, :context]
-        offsets = np.arange(context) % page_tokens
-        keys = _rotate(config, kv[:, 0], np.arange(context) - offsets)
-        queries = np.asarray(query[row], np.float64)
-        queries = _rotate(config, queries[:, None], np.array([context - 1]))[:, 0]
-        exact = _softmax_mean(queries, keys, kv[:, 1])
-        rounded = _softmax_mean(*map(_rounded, (queries, keys, kv[:, 1])))
-        scale = np.abs(exact).max(-1)
-        ours.append(np.abs(output[row] - exact).max(-1) / scale)
-        ordinary.append(np.abs(_rounded(rounded) - exact).max(-1) / scale)
-    error, usual = float(np.mean(ours)), float(np.mean(ordinary))
-    return {"error": error, "ordinary_error": usual, "ratio": error / usual}
-
-
-def _rotate(config, x, positions):
-    angles = positions[:, None] * config.inverse_frequencies()
-    cos, sin = np.cos(angles), np.sin(angles)
-    first, second = np.split(x, 2, axis=-1)
-    return np.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
-
-
-def _softmax_mean(queries, keys, values):
-    """[heads, head_dim] of attention in float64; weights are rounded like inputs."""
-    groups = queries.reshape(len(keys), -1, queries.shape[-1])
-    score = np.einsum("kgd,ktd->kgt", groups, keys) / np.sqrt(queries.shape[-1])
-    weight = np.exp(score - score.max(-1, keepdims=True))
-    mean = np.einsum("kgt,ktd->kgd", weight, values) / weight.sum(-1, keepdims=True)
-    return mean.reshape(queries.shape)
-
-
-def _rounded(x):
-    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
 
 
 def _print(rows, ceilings, console) -> None:
