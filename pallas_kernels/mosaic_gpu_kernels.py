@@ -166,9 +166,10 @@ def _attend_tile(rows: _Rows, tiles: Tiles, length, interpret: bool, step, state
 
     def release(free, load):
         """Lets go of a buffer; without a loader, also fills it again."""
-        plgpu.barrier_arrive(free.at[stage])
-        if not plan.has_loader:
-            plgpu.barrier_wait(free.at[stage])  # until all four warps are done
+        if plan.has_loader:
+            plgpu.barrier_arrive(free.at[stage])
+        else:
+            plgpu.commit_smem()  # waits for all four warps
             pl.when(later < tiles.count)(lambda: load(later, later_places))
 
     plgpu.barrier_wait(shared.keys_ready.at[stage])
