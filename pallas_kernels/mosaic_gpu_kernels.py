@@ -36,11 +36,13 @@ class _Rows:
     """The rows of one warpgroup.
 
     Attributes:
+        warpgroup: its index in the program.
         query: where they are in shared memory, or both halves of them in registers.
         limits: tokens that each row sees.
         clear: steps, from the first one on, whose tokens all rows see.
     """
 
+    warpgroup: Array | int
     query: Any
     limits: Array
     clear: Array
@@ -114,6 +116,7 @@ def attend(
         row = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=_PER_ROW)
         clear = lax.div(sees(own_row), plan.tile) - first
         rows = _Rows(
+            warpgroup=warpgroup,
             query=_query(rows_ref.at[place], shared, warpgroup, plan),
             limits=sees(own_row + row),
             clear=jnp.clip(clear, 0, tiles.count),
@@ -170,9 +173,10 @@ def _attend_tile(rows: _Rows, tiles: Tiles, length, interpret: bool, step, state
 
     def release(free, load):
         """Lets go of a buffer; without a loader, also fills it again."""
-        plgpu.barrier_arrive(free.at[stage])
-        if not plan.has_loader:
-            plgpu.barrier_wait(free.at[stage])  # until all four warps are done
+        if plan.has_loader:
+            plgpu.barrier_arrive(free.at[stage])
+        else:
+            plgpu.commit_smem()  # waits for all four warps
             pl.when(later < tiles.count)(lambda: load(later, later_places))
 
     plgpu.barrier_wait(shared.keys_ready.at[stage])
@@ -193,7 +197,7 @@ def _attend_tile(rows: _Rows, tiles: Tiles, length, interpret: bool, step, state
     plgpu.barrier_wait(shared.values_ready.at[stage])
     values = shared.values.at[stage]
     if length is not None:
-        _clear_rows(values, length - first_token)
+        _clear_end(values, length - first_token, rows.warpgroup, shared, plan)
     weighted = _accumulate(weighted, weight.astype(values.dtype), values, interpret)
     release(shared.values_free, tiles.load_values)
     return new_peak, total, weighted
@@ -268,14 +272,10 @@ def _accumulate(weighted, weight, values, interpret: bool):
     return pl.run_state(multiply)(plgpu.ACC.init(weighted))
 
 
-def _clear_rows(values, num_rows):
-    """Zeros from row `num_rows` on: 0 * NaN is NaN.
+def _clear_end(values, num_rows, warpgroup, shared, plan):
+    """Zeros from row `num_rows` on, for all that share the tile: 0 * NaN is NaN."""
 
-    Warpgroups that share the tile all do so, and write the same.
-    """
-
-    @pl.when(num_rows < values.shape[0])
-    def _():
+    def clear():
         for first in range(0, values.shape[0], WARPGROUP_ROWS):
             part = values.at[pl.ds(first, WARPGROUP_ROWS)]
             stored = plgpu.load(part, layout=_MATRIX)
@@ -284,3 +284,10 @@ def _clear_rows(values, num_rows):
             )
             part[...] = jnp.where(row < num_rows, stored, jnp.zeros_like(stored))
         plgpu.commit_smem()
+
+    @pl.when(num_rows < values.shape[0])
+    def _():
+        pl.when(warpgroup == 0)(clear)
+        if plan.has_loader:
+            plgpu.barrier_arrive(shared.cleared)
+            plgpu.barrier_wait(shared.cleared)

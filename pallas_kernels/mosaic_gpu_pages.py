@@ -69,8 +69,10 @@ def scratch(plan: Plan, head_dim: int) -> dict[str, Any]:
         "values": matrix(plan.stages, plan.tile),
         "keys_ready": barriers(plan.tile_copies + angle_copies),
         "values_ready": barriers(plan.tile_copies),
+        # For warpgroups that share tiles; one alone needs none of them.
         "keys_free": barriers(plan.warpgroups),
         "values_free": barriers(plan.warpgroups),
+        "cleared": plgpu.Barrier(num_arrivals=plan.warpgroups),
     }
     if plan.turns_keys:
         return common | {
