@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachedattn_jax.engine.prefill import plan_chunks
+from cachedattn_jax.engine.chunks import plan_chunks
 
 SIZES = (16, 32, 64, 256)
 

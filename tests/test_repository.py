@@ -38,7 +38,9 @@ PURE = [
     "cachedattn_jax.cli",
     "cachedattn_jax.config",
     "cachedattn_jax.run_directory",
+    "cachedattn_jax.engine.chunks",
     "cachedattn_jax.engine.cost_model",
+    "cachedattn_jax.engine.pipeline",
     "cachedattn_jax.engine.request",
     "cachedattn_jax.engine.scheduler",
     "cachedattn_jax.model.config",
@@ -47,6 +49,7 @@ PURE = [
     "cachedattn_jax.store.layout",
     "cachedattn_jax.store.page",
     "cachedattn_jax.store.placement",
+    "cachedattn_jax.timeline",
     "experiments.workload",
 ]
 # What only one place may import.

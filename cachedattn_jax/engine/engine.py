@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from cachedattn_jax.engine.decode import Decode, Row
-from cachedattn_jax.engine.events import Timeline
+from cachedattn_jax.timeline import Timeline
 from cachedattn_jax.engine.plan import TurnPlan, check_window, plan_turn
 from cachedattn_jax.engine.prefill import Prefill
 from cachedattn_jax.engine.request import Request
@@ -459,7 +459,7 @@ class Engine:
             page_keys=tuple(keys),
         )
         if self.config.reuse == "cached":
-            with self.timeline.span("save", "store"):
+            with self.timeline.span("save", "device to host"):
                 self.store.commit(run.lease, keys, tail, record)
         else:
             self.store.catalog.commit(record)

@@ -1,4 +1,7 @@
-"""What happened when: spans of time on named tracks. Knows no engine."""
+"""What happened when: spans of time on named tracks. Knows no engine and no store.
+
+Tracks are the things that can be busy, in the order a page meets them: `TRACKS`.
+"""
 
 import time
 from collections.abc import Iterator
@@ -6,9 +9,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
+TRACKS = (
+    "wait",
+    "disk to host",
+    "host to device",
+    "install",
+    "compute",
+    "device to host",
+    "host to disk",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One span; seconds of the monotonic clock."""
+    """One span of time.
+
+    Attributes:
+        track: what was busy, one of `TRACKS`.
+        start_s, end_s: seconds of the monotonic clock.
+        details: `turn` ("session#index") where it belongs to one turn, `group` of
+            layers, `bytes` moved, `batch` of a decode step.
+    """
 
     name: str
     track: str
@@ -18,7 +39,7 @@ class Event:
 
 
 class Timeline:
-    """Events in the order they ended, at most `max_events` of them."""
+    """Events in the order they were noted, at most `max_events`; any thread may add."""
 
     def __init__(self, max_events: int = 200_000) -> None:
         self.events: list[Event] = []
