@@ -6,6 +6,7 @@ import functools
 # cores took 8.5 ms for 16 tokens and 18 ms for 64.
 _CALL_TOKENS = 28
 
+
 def plan_chunks(num_tokens: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
     """Cuts a prompt into (tokens, program size) pieces at the least cost.
 

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 from cachedattn_jax.engine.decode import Decode, Row
-from cachedattn_jax.timeline import Timeline
 from cachedattn_jax.engine.plan import TurnPlan, check_window, plan_turn
 from cachedattn_jax.engine.prefill import Prefill
 from cachedattn_jax.engine.request import Request
@@ -33,6 +32,7 @@ from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.lease import Lease
 from cachedattn_jax.store.placement import QueueView
 from cachedattn_jax.store.tiered_store import TieredStore
+from cachedattn_jax.timeline import Timeline
 from pallas_kernels.backends import Kernels
 from pallas_kernels.rope import rope_tables
 
