@@ -9,7 +9,7 @@ from typing import Any
 
 _PUBLIC = {
     "Engine": "cachedattn_jax.engine.engine",
-    "EngineConfig": "cachedattn_jax.engine.engine",
+    "EngineConfig": "cachedattn_jax.engine.engine_config",
     "LlamaConfig": "cachedattn_jax.model.config",
     "Request": "cachedattn_jax.engine.request",
     "SamplingParams": "cachedattn_jax.engine.request",

@@ -146,6 +146,66 @@ def _device_facts() -> dict[str, object]:
     return {"device": devices[0].device_kind, "num_devices": len(devices)}
 
 
+_TIMELINE_HELP = """Draw one turn of a run: what was copied, computed and waited for.
+
+Examples:
+
+    cachedattn timeline runs/quickstart
+
+    cachedattn timeline runs/quickstart --list
+
+    cachedattn timeline runs/quickstart --turn 'alice#3' --output turn.png
+
+The whole timeline opens in Perfetto (ui.perfetto.dev): RUN/timeline.json.gz.
+"""
+
+
+@app.command(help=_TIMELINE_HELP)
+def timeline(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    turn: Annotated[
+        str | None,
+        typer.Option("--turn", help="SESSION#INDEX. Default: most bytes loaded."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="A .svg or .png. Default: RUN/turn.svg."),
+    ] = None,
+    list_turns: Annotated[
+        bool, typer.Option("--list", help="Only name the turns.")
+    ] = False,
+) -> None:
+    from cachedattn_jax import gantt
+
+    with _exit_codes(debug=False):
+        path = run / "timeline.json.gz" if run.is_dir() else run
+        events = gantt.read_timeline(path)
+        if list_turns:
+            typer.echo("\n".join(gantt.turns(events)))
+            return
+        turn = turn or gantt.busiest_turn(events)
+        gantt.check_turn(events, turn)
+        output = output or path.parent / "turn.svg"
+        if output.suffix not in (".svg", ".png"):
+            raise ValueError(f"{output} must end in .svg or .png")
+        gantt.draw_turn(events, turn).savefig(output, dpi=150)
+        table = Table(title=turn, title_justify="left")
+        for name in ("track", "events", "busy ms", "MiB", "GB/s"):
+            table.add_column(name, justify="left" if name == "track" else "right")
+        for row in gantt.track_table(events, turn):
+            speed = row.num_bytes / row.busy_s / 1e9 if row.busy_s else 0.0
+            table.add_row(
+                row.track,
+                str(row.num_events),
+                f"{1e3 * row.busy_s:.2f}",
+                f"{row.num_bytes / 2**20:.1f}" if row.num_bytes else "",
+                f"{speed:.2f}" if row.num_bytes else "",
+            )
+        console = Console(highlight=False)
+        console.print(table)
+        console.print(f"The picture is in {output}.")
+
+
 @app.command()
 def info() -> None:
     """Show versions, devices, memory and the model presets."""

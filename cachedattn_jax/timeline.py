@@ -4,7 +4,7 @@ Tracks are the things that can be busy, in the order a page meets them: `TRACKS`
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -35,6 +35,15 @@ class Event:
     start_s: float
     end_s: float
     details: dict[str, object] = field(default_factory=dict)
+
+
+def busy_s(spans: Iterable[tuple[float, float]]) -> float:
+    """Time covered by spans (start, end), where they overlap only once."""
+    total, covered_to = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, covered_to))
+        covered_to = max(covered_to, end)
+    return total
 
 
 class Timeline:

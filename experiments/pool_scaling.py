@@ -27,6 +27,7 @@ from cachedattn_jax.model.llama import init_params
 from cachedattn_jax.run_directory import Claim, RunDirectory
 from cachedattn_jax.store.device_pool import DevicePool
 from cachedattn_jax.store.layout import Layout
+from cachedattn_jax.store.watcher import Watcher
 from pallas_kernels.rope import rope_tables
 
 
@@ -42,7 +43,13 @@ class _Programs:
             num_pages=self.num_pages,
         )
         self.prefill = Prefill(
-            config, params, rope, self.pool, chunk_tokens=chunk_tokens, puts_first=True
+            config,
+            params,
+            rope,
+            self.pool,
+            chunk_tokens=chunk_tokens,
+            puts_first=True,
+            watcher=Watcher("compute"),
         )
         self.decode = Decode(
             config,
@@ -63,14 +70,10 @@ class _Programs:
             )
             self.decode.run([row] * size, size)
         else:
-            self.decode.last_tokens, _, _ = self.prefill.run(
-                np.ones(size, np.int32),
-                context,
-                [],
-                pages,
-                self.decode.last_tokens,
-                0,
-                sampling_batch([], 1),
+            run = self.prefill.begin(np.ones(size, np.int32), context, pages)
+            run.advance()
+            self.decode.last_tokens, _ = self.prefill.first_token(
+                run, self.decode.last_tokens, 0, sampling_batch([], 1)
             )
         jax.block_until_ready((self.pool.arrays, self.decode.last_tokens))
         return time.perf_counter() - started

@@ -19,8 +19,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from cachedattn_jax.engine.engine import Engine, EngineConfig
+from cachedattn_jax.engine.engine import Engine
+from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.turn import Turn
+from cachedattn_jax.gantt import busiest_turn, draw_turn
 from cachedattn_jax.model.config import LlamaConfig, preset
 from cachedattn_jax.model.llama import init_params, weights_digest
 from cachedattn_jax.run_directory import Claim, InvariantBroken, RunDirectory
@@ -69,7 +71,7 @@ def run(
         store = dataclasses.replace(store, disk_root=root)
 
     replays: dict[str, Replayed] = {}
-    traces = {}
+    traces, events = {}, {}
     for mode in MODES:
         settings = dataclasses.replace(engine, reuse=mode)
         with Engine(config, params, settings, store, weights=weights) as served:
@@ -78,6 +80,7 @@ def run(
                 console, served, played, mode, seed, time_factor, said
             )
             traces[mode] = served.timeline.chrome_trace()
+            events[mode] = served.timeline.events
         rows = [turn.row() for turn in replays[mode].turns.values()]
         run_directory.append_turns([{"mode": mode, **row} for row in rows])
     run_directory.write_timeline(traces["cached"])
@@ -87,6 +90,9 @@ def run(
     figures = {
         "Time to first token against history": _plot_ttft(replays),
         "Where prompt tokens came from": _plot_sources(summary["modes"]),
+        "The turn with most to load, layer group by layer group": draw_turn(
+            events["cached"], busiest_turn(events["cached"])
+        ),
     }
     write_report(run_directory, "Cached against recomputed", summary, figures)
     _check_tokens(summary["comparison"])

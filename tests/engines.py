@@ -10,7 +10,8 @@ from typing import Literal
 import jax
 import numpy as np
 
-from cachedattn_jax.engine.engine import Engine, EngineConfig
+from cachedattn_jax.engine.engine import Engine
+from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.request import Request
 from cachedattn_jax.model.config import LlamaConfig, preset
 from cachedattn_jax.model.llama import LlamaParams, init_params, model_of

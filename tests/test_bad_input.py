@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from cachedattn_jax.engine.engine import EngineConfig
+from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.request import SamplingParams
 from cachedattn_jax.store.budget import StoreConfig, parse_bytes
 from tests.engines import ask, assert_nothing_leaked, make_engine, tiny_model

@@ -37,7 +37,7 @@ def one_pool(engine) -> int:
 
 def test_prefill_updates_the_pool_in_place(engine):
     config, params = tiny_model(engine.model.dtype)
-    pages = engine._pages_per_sequence
+    pages = engine._decode.pages_per_sequence
     for size in engine.config.chunk_tokens:
         x = jax.ShapeDtypeStruct((1, size, config.hidden_size), config.dtype)
         lowered = prefill._group.lower(
@@ -55,7 +55,7 @@ def test_prefill_updates_the_pool_in_place(engine):
 
 def test_decode_updates_all_pools_in_place(engine):
     config, params = tiny_model(engine.model.dtype)
-    pages = engine._pages_per_sequence
+    pages = engine._decode.pages_per_sequence
     for size in engine._decode.batch_sizes:
         lowered = decode._step.lower(
             config,

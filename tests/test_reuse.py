@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from cachedattn_jax.engine.engine import EngineConfig
+from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.request import Request
 from cachedattn_jax.engine.turn import Times, TokensFrom, Turn
 from cachedattn_jax.run_directory import InvariantBroken, RunDirectory
@@ -26,7 +26,9 @@ def run_small(tmp_path, seed: int = 0) -> dict:
         model="tiny",
         length_scale=0.08,
         time_factor=0.0,
-        engine=EngineConfig(page_tokens=4, max_batch=3, chunk_tokens=(8, 64)),
+        engine=EngineConfig(
+            page_tokens=4, max_batch=3, chunk_tokens=(8, 64), loading="always"
+        ),
         store=StoreConfig(
             device_bytes=90 * page_bytes,
             host_bytes=60 * page_bytes,
@@ -110,7 +112,7 @@ def test_a_run_whose_tokens_differ_fails(tmp_path, monkeypatch):
     install = DevicePool.install
 
     def wrong(self, group, pages, slots):
-        install(self, group, pages * 1.5, slots)
+        return install(self, group, pages * 1.5, slots)
 
     monkeypatch.setattr(DevicePool, "install", wrong)
     with pytest.raises(InvariantBroken, match="differs between the modes"):

@@ -93,9 +93,11 @@ def test_closing_ends_every_turn():
     assert_nothing_leaked(engine)
 
 
-@pytest.mark.parametrize("program", ["_decode", "_prefill"])
+@pytest.mark.parametrize(
+    ("program", "call"), [("_decode", "run"), ("_prefill", "compute")]
+)
 def test_a_program_that_fails_ends_its_turns_and_the_engine_goes_on(
-    monkeypatch, program
+    monkeypatch, program, call
 ):
     engine = make_engine()
     ask(engine, "a", [1, 2, 3, 4, 5, 6])
@@ -110,7 +112,7 @@ def test_a_program_that_fails_ends_its_turns_and_the_engine_goes_on(
         raise jax.errors.JaxRuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(getattr(engine, program), "run", failing)
+        patch.setattr(getattr(engine, program), call, failing)
         for _ in range(20):
             engine.step()
     assert {turn.finish_reason for turn in turns} == {"error"}

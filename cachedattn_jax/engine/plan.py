@@ -49,14 +49,17 @@ class TurnPlan:
         )
 
     def final_pages(
-        self, layout: Layout, token_ids: np.ndarray
+        self, layout: Layout, token_ids: np.ndarray, known: list[PageKey]
     ) -> tuple[list[PageKey], Tail | None]:
         """Keys of the full pages, and the tail, of the conversation after the reply.
+
+        Args:
+            known: keys of its first pages.
 
         The last token was sampled but never fed back: it has no keys and values yet.
         """
         cached = token_ids[:-1]
-        keys = chain_keys(layout, self.salt, cached, self.keys)
+        keys = chain_keys(layout, self.salt, cached, known)
         return keys, _tail(layout, self.salt, keys, cached)
 
 

@@ -55,14 +55,25 @@ class Scheduler(Generic[Item]):
         """Sessions of the waiting turns, next one first, for placement to look at."""
         return tuple(item.session for item in self._waiting)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether one more turn may run."""
+        return len(self._running) < self.max_running
+
+    def startable(self, limit: int) -> list[Item]:
+        """The first turns in the queue that could run, at most one of each session."""
+        found: dict[str, Item] = {}
+        for item in self._waiting:
+            if len(found) >= limit:
+                break
+            if item.session not in self._running:
+                found.setdefault(item.session, item)
+        return list(found.values())
+
     def next(self) -> Item | None:
         """The turn to start now, still in the queue; None if none may start."""
-        if len(self._running) >= self.max_running:
-            return None
-        for item in self._waiting:
-            if item.session not in self._running:
-                return item
-        return None
+        startable = self.startable(1) if self.has_room else []
+        return startable[0] if startable else None
 
     def start(self, item: Item) -> None:
         """Moves a turn from the queue to the running ones."""

@@ -43,14 +43,13 @@ class Times:
     """Moments of a turn, seconds of one monotonic clock; None until they come.
 
     Attributes:
-        started_s: the turn's pages were leased and began to load.
-        loaded_s: all of them had reached host memory or the device.
+        started_s: the device was free for the turn; if its pages were not there yet, it
+            waits for them from here on.
         first_token_s, finished_s: the token or the end became known to the host.
     """
 
     submitted_s: float
     started_s: float | None = None
-    loaded_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
 
@@ -65,6 +64,9 @@ class Turn:
         margins: for each of them, best minus second best logit.
         error: what went wrong, if `finish_reason` is "error".
         num_chunk_tokens: tokens the prefill programs were run over, padding included.
+        load_s: time during which pages were copied for it, from disk or to the device.
+        exposed_stall_s: the part of it that its computing waited for.
+        decision, decision_reason: what became of stored pages, and why.
     """
 
     request: Request
@@ -78,6 +80,13 @@ class Turn:
     error: Exception | None = None
     tokens_from: TokensFrom = field(default_factory=TokensFrom)
     num_chunk_tokens: int = 0
+    load_s: float = 0.0
+    exposed_stall_s: float = 0.0
+    bytes_disk_to_host: int = 0
+    bytes_host_to_device: int = 0
+    bytes_device_to_host: int = 0
+    decision: str = "nothing_stored"
+    decision_reason: str = ""
     is_cancel_requested: bool = False
 
     @property
@@ -98,8 +107,9 @@ class Turn:
         return _between(self.times.submitted_s, self.times.started_s)
 
     @property
-    def load_s(self) -> float | None:
-        return _between(self.times.started_s, self.times.loaded_s)
+    def overlap_ratio(self) -> float | None:
+        """Share of the loading that computing, its own or that of others, hid."""
+        return 1 - self.exposed_stall_s / self.load_s if self.load_s else None
 
     @property
     def prefill_s(self) -> float | None:
@@ -128,11 +138,15 @@ class Turn:
             "ttft_s": self.ttft_s,
             "queue_s": self.queue_s,
             "load_s": self.load_s,
-            # The prefill starts when every page has arrived, so all of it is exposed.
-            "exposed_stall_s": self.load_s,
+            "exposed_stall_s": self.exposed_stall_s,
+            "overlap_ratio": self.overlap_ratio,
+            "bytes_disk_to_host": self.bytes_disk_to_host,
+            "bytes_host_to_device": self.bytes_host_to_device,
+            "bytes_device_to_host": self.bytes_device_to_host,
             "prefill_s": self.prefill_s,
             "tpot_s": self.tpot_s,
-            "decision": "load" if sources.cached else "compute",
+            "decision": self.decision,
+            "decision_reason": self.decision_reason,
         }
 
 

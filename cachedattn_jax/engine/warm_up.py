@@ -41,18 +41,16 @@ def warm_up(
 
 def _prefill(prefill: Prefill, decode: Decode, pool: DevicePool, size: int) -> None:
     nowhere = np.full(decode.pages_per_sequence, pool.num_slots, np.int32)
-    decode.last_tokens, _, _ = prefill.run(
-        np.zeros(size, np.int32),
-        0,
-        [],
-        nowhere,
-        decode.last_tokens,
-        decode.num_seats,
-        sampling_batch([], 1),
+    run = prefill.begin(np.zeros(size, np.int32), 0, nowhere)
+    run.advance()
+    decode.last_tokens, _ = prefill.first_token(
+        run, decode.last_tokens, decode.num_seats, sampling_batch([], 1)
     )
 
 
 def _copy(pool: DevicePool, size: int) -> None:
     nowhere = np.full(size, pool.num_slots, np.int32)
-    for group, pages in enumerate(pool.extract(nowhere.tolist())):
-        pool.install(group, pool.put(pages), nowhere)
+    on_host = pool.put_on_host(pool.extract(nowhere.tolist()))
+    for group, pages in enumerate(on_host):
+        pool.put_on_host([pool.extract_group(group, nowhere.tolist())])
+        pool.install(group, pool.put([pages])[0], nowhere)

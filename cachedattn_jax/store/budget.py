@@ -10,7 +10,10 @@ from dataclasses import dataclass, replace
 from typing import no_type_check
 
 from cachedattn_jax.store.layout import Layout
+from cachedattn_jax.store.link import EmulatedLink
 from cachedattn_jax.store.placement import policy
+
+WRITE_POLICIES = ("write_through", "write_back", "write_through_selective")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -27,6 +30,16 @@ class StoreConfig:
         disk_root: a path or a TensorStore URL (file://, s3://, gs://, memory://); None
             for no disk tier. One layout owns a root.
         policy: who gives up room first; see `store.placement.POLICIES`.
+        write_policy: when a new page is copied out of the device. "write_through": as
+            soon as it is computed; "write_back": when its slot is needed;
+            "write_through_selective": at once for sessions that have come back before,
+            and when the slot is needed for all others.
+        write_buffer_bytes: of device memory for pages that are being copied out. A turn
+            that needs slots waits for a save only when so many are under way.
+        is_saving_synchronous: every turn waits for its pages to be saved when it ends;
+            the baseline of the paper's section 3.2.2.
+        host_device_link, disk_host_link: emulated connections, for machines that have
+            none to measure with; None for the real ones.
     """
 
     device_bytes: int | str = "256 MiB"
@@ -34,14 +47,28 @@ class StoreConfig:
     disk_bytes: int | str = 0
     disk_root: str | None = None
     policy: str = "lru"
+    write_policy: str = "write_through"
+    write_buffer_bytes: int | str = "512 MiB"
+    is_saving_synchronous: bool = False
+    host_device_link: EmulatedLink | None = None
+    disk_host_link: EmulatedLink | None = None
 
     def __post_init__(self) -> None:
-        for name in ("device_bytes", "host_bytes", "disk_bytes"):
+        for name in ("device_bytes", "host_bytes", "disk_bytes", "write_buffer_bytes"):
             object.__setattr__(self, name, parse_bytes(name, getattr(self, name)))
         _check_memory("host_bytes", self.num_host_bytes)
         if self.num_disk_bytes and self.disk_root and "://" not in self.disk_root:
             _check_disk(self.disk_root, self.num_disk_bytes)
         policy(self.policy)
+        if self.write_policy not in WRITE_POLICIES:
+            raise ValueError(
+                f"write_policy={self.write_policy!r} is not one of"
+                f" {', '.join(WRITE_POLICIES)}"
+            )
+        for name in ("host_device_link", "disk_host_link"):
+            link = getattr(self, name)
+            if not isinstance(link, EmulatedLink | None):
+                raise ValueError(f"{name}={link!r} must be an EmulatedLink or None")
 
     @property
     def num_device_bytes(self) -> int:
@@ -54,6 +81,10 @@ class StoreConfig:
     @property
     def num_disk_bytes(self) -> int:
         return int(self.disk_bytes)
+
+    @property
+    def num_write_buffer_bytes(self) -> int:
+        return int(self.write_buffer_bytes)
 
     @property
     def device_only(self) -> "StoreConfig":

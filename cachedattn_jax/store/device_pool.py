@@ -3,6 +3,7 @@
 Knows arrays and slots. Does not know which page a slot holds.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -16,8 +17,18 @@ from pallas_kernels.page_copy import extract_pages, install_pages
 # count per program, and each program is compiled once.
 RUN_PAGES = (16, 4, 1)
 
-_install = jax.jit(install_pages, donate_argnums=0)
-_extract = jax.jit(extract_pages)
+_extract_group = jax.jit(extract_pages)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _install(pool, pages, slots):
+    # The pool is donated to the next program, so something else tells the end of this.
+    return install_pages(pool, pages, slots), slots[:1]
+
+
+@jax.jit
+def _extract(pools, slots):
+    return [extract_pages(pool, slots) for pool in pools]
 
 
 def split_runs(num_pages: int) -> list[int]:
@@ -85,16 +96,27 @@ class DevicePool:
         """Makes a slot free again."""
         self._free.append(slot)
 
-    def put(self, pages: np.ndarray | jax.Array) -> jax.Array:
-        """Starts the copy of a run of one layer group to the device."""
-        return jax.device_put(pages, self.device_sharding)
+    def put(self, runs: Sequence[np.ndarray | jax.Array]) -> list[jax.Array]:
+        """Starts the copies of runs of one layer group to the device."""
+        return jax.device_put(list(runs), self.device_sharding)
 
-    def install(self, group: int, pages: jax.Array, slots: np.ndarray) -> None:
-        """Writes a run that was `put`; slots equal to `num_slots` are left out."""
-        self.arrays[group] = _install(self.arrays[group], pages, slots)
+    def install(self, group: int, pages: jax.Array, slots: np.ndarray) -> jax.Array:
+        """Writes a run that was `put`; slots equal to `num_slots` are left out.
+
+        Returns:
+            An array that is ready when the pages are in the pool.
+        """
+        self.arrays[group], is_done = _install(self.arrays[group], pages, slots)
+        return is_done
 
     def extract(self, slots: Sequence[int]) -> list[jax.Array]:
-        """Starts the copy of a run to pinned host memory, one array a group."""
-        run = np.asarray(slots, np.int32)
-        pages = [_extract(array, run) for array in self.arrays]
-        return jax.device_put(pages, self.host_sharding)
+        """Copies a run out of the pool, on the device, one array a group."""
+        return _extract(self.arrays, np.asarray(slots, np.int32))
+
+    def extract_group(self, group: int, slots: Sequence[int]) -> jax.Array:
+        """The same of one layer group."""
+        return _extract_group(self.arrays[group], np.asarray(slots, np.int32))
+
+    def put_on_host(self, runs: Sequence[jax.Array]) -> list[jax.Array]:
+        """Starts the copies of runs to pinned host memory."""
+        return jax.device_put(list(runs), self.host_sharding)

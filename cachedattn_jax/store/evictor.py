@@ -6,7 +6,6 @@ Knows budgets, victims and writes under way. Does not know turns or how pages ar
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from itertools import islice
 
 import jax
@@ -14,8 +13,10 @@ import jax
 from cachedattn_jax.store.device_pool import DevicePool
 from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.host_tier import HostTier
+from cachedattn_jax.store.link import Copy
 from cachedattn_jax.store.page_index import PageEntry, PageIndex
 from cachedattn_jax.store.placement import QueueView, Tier
+from cachedattn_jax.timeline import Timeline
 
 # Above this share of the host budget, the pages next to leave are copied to disk ahead
 # of time, so that making room rarely waits for a write.
@@ -32,6 +33,7 @@ class Evictor:
         pool: DevicePool,
         host: HostTier,
         disk: DiskTier | None,
+        timeline: Timeline,
         counters: Counter[str],
     ) -> None:
         self.queue = QueueView()
@@ -39,22 +41,33 @@ class Evictor:
         self._pool = pool
         self._host = host
         self._disk = disk
+        self._timeline = timeline
         self._counters = counters
-        self._writes: deque[tuple[Future[None], PageEntry]] = deque()
+        self._writes: deque[tuple[Copy, PageEntry]] = deque()
 
-    def free_slots(self, num_slots: int) -> bool:
-        """Whether so many slots are free now; evicts nothing if that is not enough."""
+    @property
+    def has_disk(self) -> bool:
+        return self._disk is not None
+
+    def slot_victims(self, num_slots: int) -> list[PageEntry] | None:
+        """Pages whose leaving makes so many slots free; None if that is not enough."""
         missing = num_slots - self._pool.num_free
         victims = list(islice(self._victims(Tier.DEVICE), max(0, missing)))
-        if len(victims) < missing:
-            return False
+        return None if len(victims) < missing else victims
+
+    def free_slots(self, victims: Sequence[PageEntry]) -> None:
+        """Takes pages from their slots."""
         for entry in victims:
             self._pool.give_back(self.leave_device(entry))
             self._count_loss(entry, Tier.DEVICE)
-        return True
 
-    def make_host_room(self, num_bytes: int) -> bool:
-        """Whether the host tier can take so many bytes; may wait for disk writes."""
+    def make_host_room(self, num_bytes: int, *, may_wait: bool) -> bool:
+        """Whether the host tier can take so many bytes now.
+
+        Args:
+            may_wait: whether to wait for the disk writes that would make room; they are
+                started in any case.
+        """
         if num_bytes > self._host.capacity_bytes:
             return False
         while not self._host.has_room(num_bytes):
@@ -63,16 +76,22 @@ class Evictor:
                 return False
             for entry in victims:
                 if entry.on_disk or not self.write(entry):
-                    self._leave_host(entry)
+                    self.leave_host(entry)
                     self._count_loss(entry, Tier.HOST)
                 if self._host.has_room(num_bytes):
                     return True
-            if self._writes:
-                started = time.monotonic()
+            if self._writes and not self._writes[0][0].has_ended:
+                if not may_wait:
+                    return False
                 self._settle_oldest()
-                waited_us = 1e6 * (time.monotonic() - started)
-                self._counters["save_wait_us"] += int(waited_us)
+            elif self._writes:
+                self._settle_oldest()
         return True
+
+    def limit_writes(self) -> None:
+        """Waits until no more writes are under way than are useful."""
+        while len(self._writes) > _MAX_WRITES:
+            self._settle_oldest()
 
     def write(
         self,
@@ -95,13 +114,13 @@ class Evictor:
             groups, row = entry.slab.groups, entry.row
         assert groups is not None
         entry.is_writing = True
-        future = self._disk.write(entry.key, entry.token_ids, groups, row)
-        self._writes.append((future, entry))
+        copy = self._disk.write(entry.key, entry.token_ids, groups, row)
+        self._writes.append((copy, entry))
         return True
 
     def settle_writes(self) -> None:
         """Takes note of finished writes and starts those that will be needed soon."""
-        while self._writes and self._writes[0][0].done():
+        while self._writes and self._writes[0][0].has_ended:
             self._settle_oldest()
         if self._disk is None or not self._host.capacity_bytes:
             return
@@ -127,7 +146,7 @@ class Evictor:
                 case Tier.DEVICE:
                     self._pool.give_back(self.leave_device(entry))
                 case Tier.HOST:
-                    self._leave_host(entry)
+                    self.leave_host(entry)
                 case Tier.DISK:
                     self.leave_disk(entry)
             self._count_loss(entry, tier)
@@ -135,7 +154,7 @@ class Evictor:
     def retire(self, entry: PageEntry) -> None:
         """Drops a page, wherever it is, that no conversation goes on from any more."""
         self.leave_disk(entry)
-        self._leave_host(entry)
+        self.leave_host(entry)
         if entry.slot is not None and not entry.holds:
             self._pool.give_back(self.leave_device(entry))
         if entry.slot is None:
@@ -157,7 +176,8 @@ class Evictor:
             self._disk.delete(entry.key)
             self._index.unplace(entry, Tier.DISK)
 
-    def _leave_host(self, entry: PageEntry) -> None:
+    def leave_host(self, entry: PageEntry) -> None:
+        """Gives up the page's row in host memory, if it has one."""
         if entry.slab is not None:
             self._host.release_row(entry.slab)
             entry.slab = None
@@ -179,24 +199,32 @@ class Evictor:
         return True
 
     def _settle_oldest(self) -> None:
-        future, entry = self._writes.popleft()
-        error = future.exception()  # waits
+        copy, entry = self._writes.popleft()
+        copy.wait()
         entry.is_writing = False
         assert self._disk is not None
-        if error is not None:
+        if copy.has_failed:
             self._disk.forget()
             self._counters["write_failures"] += 1
             entry.is_unwritable = True
         elif self._index.find(entry.key) is not entry:
             self._disk.delete(entry.key)
         else:
-            self._counters["pages_written"] += 1
+            self._note_write(copy)
             entry.on_disk = True
             self._index.place(entry, Tier.DISK, time.monotonic())
-        if not entry.tiers:
+        if entry.is_lost:
             self._index.remove(entry)
+
+    def _note_write(self, copy: Copy) -> None:
+        start_s, end_s = copy.span
+        self._counters["pages_written"] += 1
+        self._counters["bytes_host_to_disk"] += copy.num_bytes
+        self._timeline.add(
+            "write", "host to disk", start_s, end_s, bytes=copy.num_bytes
+        )
 
     def _count_loss(self, entry: PageEntry, tier: Tier) -> None:
         self._counters[f"pages_left_{tier}"] += 1
-        if not entry.tiers and not entry.is_writing:
+        if entry.is_lost:
             self._counters[f"pages_lost_from_{tier}"] += 1

@@ -3,9 +3,11 @@
 Knows slabs and bytes. Does not know which page a row holds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
+
+from cachedattn_jax.store.link import Copy
 
 
 @dataclass(eq=False, kw_only=True)
@@ -13,18 +15,18 @@ class Slab:
     """A run of pages that left the device together.
 
     Attributes:
+        num_bytes: of all its groups, whether they are here already or not.
         groups: per layer group, [rows, layers_per_group, kv_heads, 2, page_tokens,
-            dim].
+            dim]; those of a run that leaves group by group come one after the other.
+        copies: for each of them, the copy that brought it or brings it.
         rows_left: rows still in use; the memory goes when the last one leaves.
     """
 
-    groups: list[jax.Array]
     num_rows: int
+    num_bytes: int
     rows_left: int
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(group.nbytes for group in self.groups)
+    groups: list[jax.Array] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
 
 
 class HostTier:
@@ -37,13 +39,11 @@ class HostTier:
     def has_room(self, num_bytes: int) -> bool:
         return self.used_bytes + num_bytes <= self.capacity_bytes
 
-    def admit(self, groups: list[jax.Array]) -> Slab:
-        """Charges a slab whose room the caller has made."""
-        num_rows = groups[0].shape[0]
-        slab = Slab(groups=groups, num_rows=num_rows, rows_left=num_rows)
-        assert self.has_room(slab.num_bytes), (self.used_bytes, slab.num_bytes)
-        self.used_bytes += slab.num_bytes
-        return slab
+    def reserve(self, num_rows: int, num_bytes: int) -> Slab:
+        """Charges a slab, still empty, whose room the caller has made."""
+        assert self.has_room(num_bytes), (self.used_bytes, num_bytes)
+        self.used_bytes += num_bytes
+        return Slab(num_rows=num_rows, num_bytes=num_bytes, rows_left=num_rows)
 
     def release_row(self, slab: Slab) -> None:
         """One page of the slab is needed no more."""
@@ -51,3 +51,4 @@ class HostTier:
         if slab.rows_left == 0:
             self.used_bytes -= slab.num_bytes
             slab.groups.clear()
+            slab.copies.clear()

@@ -25,6 +25,7 @@ class PageEntry:
         slab, row: its place in host memory.
         on_disk: whether a complete object exists.
         is_writing: whether an object is being written.
+        is_saving: whether it has left its slot and waits for room in host memory.
         is_unwritable: whether writing it failed; it is not tried again.
         holds: running turns that use it; a held page stays where it is.
     """
@@ -37,6 +38,7 @@ class PageEntry:
     row: int = 0
     on_disk: bool = False
     is_writing: bool = False
+    is_saving: bool = False
     is_unwritable: bool = False
     holds: int = 0
 
@@ -48,6 +50,18 @@ class PageEntry:
                 return self.slab is not None
             case Tier.DISK:
                 return self.on_disk
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether it outlives its slot, or will when what is under way has ended."""
+        return (
+            self.slab is not None or self.on_disk or self.is_writing or self.is_saving
+        )
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it is nowhere, and on its way nowhere."""
+        return self.slot is None and not self.is_saved
 
     @property
     def tiers(self) -> list[Tier]:
@@ -91,7 +105,7 @@ class PageIndex:
         if not pages:
             del self._by_session[tier][entry.session]
             self.policy.left(entry.session, tier)
-        if not entry.tiers and not entry.is_writing:
+        if entry.is_lost:
             self.remove(entry)
 
     def remove(self, entry: PageEntry) -> None:

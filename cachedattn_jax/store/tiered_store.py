@@ -19,24 +19,45 @@ from cachedattn_jax.store.catalog import Catalog, SessionRecord, session_key
 from cachedattn_jax.store.device_pool import DevicePool, split_runs
 from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.evictor import Evictor
-from cachedattn_jax.store.host_tier import HostTier, Slab
+from cachedattn_jax.store.host_tier import HostTier
+from cachedattn_jax.store.inbound import Inbound, Load
 from cachedattn_jax.store.layout import Layout
-from cachedattn_jax.store.lease import Lease, Load
+from cachedattn_jax.store.lease import Lease
+from cachedattn_jax.store.link import Links
 from cachedattn_jax.store.page import PageKey, Tail
 from cachedattn_jax.store.page_index import PageEntry, PageIndex
 from cachedattn_jax.store.placement import QueueView, Tier, policy
 from cachedattn_jax.store.root import Root
+from cachedattn_jax.store.saver import Saver
+from cachedattn_jax.store.watcher import Watcher
+from cachedattn_jax.timeline import Timeline
 
 # Owner of pages found on disk at start-up until a session uses them: first to go.
 _UNCLAIMED = ""
 
 
 class TieredStore:
-    """Pages of all sessions in device, host and disk memory under three budgets."""
+    """Pages of all sessions in device, host and disk memory under three budgets.
 
-    def __init__(self, layout: Layout, config: StoreConfig, device: jax.Device) -> None:
+    Attributes:
+        watchers: of the compute stream and of both directions of copies, by name.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        config: StoreConfig,
+        device: jax.Device,
+        timeline: Timeline | None = None,
+    ) -> None:
         self.layout = layout
         self.config = config
+        self.timeline = timeline or Timeline()
+        self.links = Links(config.host_device_link, config.disk_host_link)
+        self.watchers = {
+            name: Watcher(name)
+            for name in ("compute", "host-to-device", "device-to-host")
+        }
         self.pool = DevicePool(layout, config.num_slots(layout), device)
         self.host = HostTier(config.num_host_bytes)
         self.root = Root(config.disk_root, layout) if config.disk_root else None
@@ -45,7 +66,18 @@ class TieredStore:
         self.index = PageIndex(policy(config.policy))
         self.counters: Counter[str] = Counter()
         self._evictor = Evictor(
-            self.index, self.pool, self.host, self.disk, self.counters
+            self.index, self.pool, self.host, self.disk, self.timeline, self.counters
+        )
+        self.saver = Saver(
+            self.index,
+            self.pool,
+            self.host,
+            self._evictor,
+            self.links,
+            self.watchers,
+            self.timeline,
+            self.counters,
+            config.num_write_buffer_bytes,
         )
         self._tails: dict[str, PageEntry] = {}
         for key in self.disk.list() if self.disk else ():
@@ -60,29 +92,57 @@ class TieredStore:
         if not num_bytes or self.root is None:
             return None
         dtype = np.dtype(self.pool.dtype)
-        return DiskTier(self.root, self.layout, num_bytes, dtype)
+        return DiskTier(self.root, self.layout, num_bytes, dtype, self.links)
 
-    # ---- a turn: acquire, settle, publish, commit, release ----
+    # ---- a turn: find, acquire, publish, commit, release ----
 
-    def acquire(
-        self, session: str, keys: Sequence[PageKey], tail: Tail | None, num_pages: int
-    ) -> Lease | None:
-        """Holds the longest stored beginning of a prompt, and slots for the rest.
+    def find(
+        self, session: str, keys: Sequence[PageKey], tail: Tail | None
+    ) -> list[PageEntry]:
+        """The longest stored beginning of a prompt.
 
         Args:
             keys: the full pages of the prompt that may be reused, in order.
             tail: the session's last page, used if exactly the pages before it are
                 found.
+        """
+        found = []
+        for key in keys:
+            entry = self.index.find(key)
+            if entry is None or not entry.tiers:
+                break
+            found.append(entry)
+        if tail is None or tail.index != len(found):
+            return found
+        entry = self.index.find(tail.key)
+        # A tail is written to in place, so it is never shared.
+        if entry is not None and entry.tiers and not entry.holds:
+            if entry.session in (session, _UNCLAIMED):
+                self._tails[session] = entry
+                found.append(entry)
+        return found
+
+    def acquire(
+        self,
+        session: str,
+        found: Sequence[PageEntry],
+        tail: Tail | None,
+        num_pages: int,
+    ) -> Lease | None:
+        """Holds pages that were just found, and slots for the rest of a turn.
+
+        Args:
+            found: what `find` gave, or its beginning.
+            tail: the same as there.
             num_pages: pages the turn may grow to.
 
         Returns:
             None when the slots it needs are held by running turns.
         """
-        found = self._stored_beginning(session, keys, tail)
         for entry in found:
             entry.holds += 1
         num_new = num_pages - sum(entry.slot is not None for entry in found)
-        if not self._evictor.free_slots(num_new):
+        if not self._free_slots(num_new):
             for entry in found:
                 entry.holds -= 1
             return None
@@ -98,47 +158,78 @@ class TieredStore:
             if tail is not None and entry.key == tail.key:
                 tokens = len(tail.token_ids)
             tokens_from[entry.tiers[0]] += tokens
+        now = time.monotonic()
         lease = Lease(
             session=session,
             slots=np.asarray(slots, np.int32),
             entries=entries,
             cached_tokens=sum(tokens_from.values()),
             tokens_from=tokens_from,
-            loads=self._loads(found, slots),
+            inbound=Inbound(
+                self._loads(found, slots),
+                self.pool,
+                self.links.host_to_device,
+                self.watchers["host-to-device"],
+            ),
         )
-        now = time.monotonic()
         for entry in found:
             self.index.touch(entry, session, now)
         return lease
 
-    def settle(self, lease: Lease) -> bool:
-        """Forgets pages that turned out bad on arrival; False if there were any.
+    def forget_bad(self, lease: Lease) -> bool:
+        """Forgets pages that turned out bad on arrival; whether there were any.
 
-        Only after `lease.is_ready`. A lease that did not settle is to be released and
-        acquired anew.
+        Such a lease is to be released, and what is left of its pages acquired anew.
         """
-        is_good = True
-        for load in lease.loads:
-            if isinstance(load.source, Slab):
-                continue
-            for index, reason in load.source.result().bad.items():
-                is_good = False
-                self.counters[f"miss_{reason}"] += 1
-                self._evictor.leave_disk(load.entries[index])
-        return is_good
+        bad = lease.inbound.bad()
+        for reason, entries in bad.items():
+            self.counters[f"miss_{reason}"] += len(entries)
+            for entry in entries:
+                self._evictor.leave_disk(entry)
+        return bool(bad)
 
     def publish(
-        self, lease: Lease, keys: Sequence[PageKey], token_ids: np.ndarray
+        self,
+        lease: Lease,
+        keys: Sequence[PageKey],
+        token_ids: np.ndarray,
+        first: int = 0,
     ) -> None:
         """Makes the first `len(keys)` pages of a turn findable by other turns.
 
         Only after the programs that fill them were dispatched: later ones read them.
+
+        Args:
+            first: pages before this one were published already.
         """
         step = self.layout.page_tokens
-        for index, key in enumerate(keys):
-            self._publish(
-                lease, index, key, token_ids[index * step : (index + 1) * step]
-            )
+        for index in range(first, len(keys)):
+            page = token_ids[index * step : (index + 1) * step]
+            self._publish(lease, index, keys[index], page)
+
+    def save_soon(self, lease: Lease, num_turns: int, turn: str) -> int:
+        """Lets published pages of a turn leave the device, if the policy says so now.
+
+        Args:
+            num_turns: finished turns of the session.
+            turn: the name under which events note it.
+
+        Returns:
+            How many pages will leave for that.
+        """
+        if self.config.is_saving_synchronous or not self.saves_early(num_turns):
+            return 0
+        return self.saver.ask(filter(None, lease.entries), turn)
+
+    def saves_early(self, num_turns: int) -> bool:
+        """Whether the write policy copies a session's pages out before they must go."""
+        match self.config.write_policy:
+            case "write_through":
+                return True
+            case "write_through_selective":
+                return num_turns > 0
+            case _:
+                return False
 
     def commit(
         self,
@@ -146,13 +237,17 @@ class TieredStore:
         keys: Sequence[PageKey],
         tail: Tail | None,
         record: SessionRecord,
-    ) -> None:
+        turn: str = "",
+    ) -> int:
         """Ends a turn well: pages findable and saved, then the record, then the old
         tail.
 
         Args:
             keys: every full page of the conversation.
             tail: its partly filled last page.
+
+        Returns:
+            How many pages will leave the device for that.
         """
         self.publish(lease, keys, record.token_ids)
         old_tail = self._tails.pop(lease.session, None)
@@ -162,12 +257,19 @@ class TieredStore:
             if entry is not None:
                 self._tails[lease.session] = entry
         now = time.monotonic()
-        for entry in filter(None, lease.entries):
+        pages = [entry for entry in lease.entries if entry is not None]
+        for entry in pages:
             self.index.touch(entry, lease.session, now)
-        self._save([entry for entry in lease.entries if entry is not None])
+        num_asked = 0
+        if self.saves_early(record.num_turns - 1):
+            num_asked = self.saver.ask(pages, turn)
+            self.saver.save_queued(turn)
+        if self.config.is_saving_synchronous:
+            self.saver.drain()
         self.catalog.commit(record)
         if old_tail is not None and (tail is None or old_tail.key != tail.key):
             self._evictor.retire(old_tail)
+        return num_asked
 
     def release(self, lease: Lease) -> None:
         """Ends the hold on pages and slots, whatever became of the turn."""
@@ -180,9 +282,17 @@ class TieredStore:
         lease.slots = lease.slots[:0]
 
     def poll(self, queue: QueueView) -> None:
-        """Takes note of finished writes and keeps room in host memory within reach."""
+        """Notes finished copies, starts queued saves, keeps host memory clean."""
         self._evictor.queue = queue
+        self.saver.poll()
         self._evictor.settle_writes()
+
+    def has_disk_room(self, num_pages: int) -> bool:
+        """Whether the disk budget takes so many more pages as it is."""
+        disk = self.disk
+        if disk is None:
+            return False
+        return disk.used_bytes + num_pages * disk.object_bytes <= disk.capacity_bytes
 
     def forget_device(self) -> None:
         """Makes the pool anew after a donating call failed; no lease may be live."""
@@ -193,6 +303,9 @@ class TieredStore:
 
     def empty(self, tier: Tier) -> None:
         """Moves every page that no turn holds out of a tier, downwards if it fits."""
+        if tier is Tier.DEVICE:
+            held_not = [e for e in self.index.in_tier(tier) if not e.holds]
+            self.saver.save_now(held_not)
         self._evictor.empty(tier)
 
     def rewind(self, tenant: str, session_id: str, num_tokens: int) -> None:
@@ -219,32 +332,26 @@ class TieredStore:
 
     def close(self) -> None:
         """Writes what only memory holds to disk, as far as it fits; stops threads."""
+        self.saver.save_now(list(self.index.in_tier(Tier.DEVICE)))
+        self.saver.drain()
         self._evictor.drain()
         if self.root:
             self.root.close()
+        for watcher in self.watchers.values():
+            watcher.close()
 
-    # ---- finding and loading ----
+    # ---- parts of them ----
 
-    def _stored_beginning(
-        self, session: str, keys: Sequence[PageKey], tail: Tail | None
-    ) -> list[PageEntry]:
-        found = []
-        for key in keys:
-            entry = self.index.find(key)
-            if entry is None or not entry.tiers:
-                break
-            found.append(entry)
-        if tail is None or tail.index != len(found):
-            return found
-        entry = self.index.find(tail.key)
-        # A tail is written to in place, so it is never shared.
-        if entry is not None and entry.tiers and not entry.holds:
-            if entry.session in (session, _UNCLAIMED):
-                self._tails[session] = entry
-                found.append(entry)
-        return found
+    def _free_slots(self, num_slots: int) -> bool:
+        """Whether so many slots are free now; evicts nothing if that is not enough."""
+        victims = self._evictor.slot_victims(num_slots)
+        if victims is None:
+            return False
+        self.saver.save_now(victims)
+        self._evictor.free_slots(victims)
+        return True
 
-    def _loads(self, found: list[PageEntry], slots: list[int]) -> list[Load]:
+    def _loads(self, found: Sequence[PageEntry], slots: list[int]) -> list[Load]:
         loads: dict[int, Load] = {}
         from_disk = []
         for slot, entry in zip(slots, found, strict=False):
@@ -296,32 +403,3 @@ class TieredStore:
         if entry.slot is None:
             entry.slot = slot
             self.index.place(entry, Tier.DEVICE, time.monotonic())
-
-    # ---- saving ----
-
-    def _save(self, entries: list[PageEntry]) -> None:
-        unsaved = [
-            entry
-            for entry in entries
-            if entry.slab is None and not entry.on_disk and not entry.is_writing
-        ]
-        unsaved_left = iter(unsaved)
-        for size in split_runs(len(unsaved)):
-            self._save_run(list(islice(unsaved_left, size)))
-
-    def _save_run(self, run: list[PageEntry]) -> None:
-        num_bytes = len(run) * self.layout.page_bytes
-        has_room = self._evictor.make_host_room(num_bytes)
-        if not has_room and not self.disk:
-            self.counters["pages_not_saved"] += len(run)
-            return
-        slots = [entry.slot for entry in run if entry.slot is not None]
-        groups = self.pool.extract(slots)
-        self.counters["bytes_device_to_host"] += num_bytes
-        slab = self.host.admit(groups) if has_room else None
-        for row, entry in enumerate(run):
-            if slab is None:
-                self._evictor.write(entry, groups, row)
-            else:
-                entry.slab, entry.row = slab, row
-                self.index.place(entry, Tier.HOST, time.monotonic())

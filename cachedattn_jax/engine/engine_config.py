@@ -1,0 +1,97 @@
+"""How the engine cuts, batches and overlaps its work.
+
+Knows choices and their limits. Imports no jax beyond what names a kernel.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, no_type_check
+
+from pallas_kernels.backends import Kernels
+
+_LEAST = {
+    "page_tokens": 1,
+    "layers_per_group": 1,
+    "max_batch": 1,
+    "read_buffer": 0,
+    "max_staged": 0,
+    "max_passes": 0,
+}
+_CHOICES = {
+    "reuse": ("cached", "recompute"),
+    "loading": ("auto", "always", "never"),
+    "put_order": ("auto", "put_first", "compute_first"),
+}
+
+
+@no_type_check  # gin passes what users write; checked here in words of ours
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the engine cuts and batches its work.
+
+    Attributes:
+        page_tokens: tokens of a page, the unit that is stored and moved.
+        layers_per_group: consecutive layers whose pages move together.
+        max_batch: turns that run at the same time.
+        chunk_tokens: sizes of the compiled prefill programs, in tokens.
+        reuse: "cached" keeps the KV of finished turns; "recompute" is the baseline, the
+            same engine without the store.
+        loading: what becomes of stored pages that are not on the device. "auto": they
+            are loaded as far as that is expected to be faster than computing them,
+            once the engine was calibrated; "always"; "never".
+        read_buffer: layer groups of the next turn that may be copied to the device
+            before its prefill starts (paper, section 3.2.1), or "auto": as many as its
+            prefill needs in order not to wait.
+        is_preloading: whether the copies of a turn overlap its prefill; False loads
+            everything, then computes, the baseline of that section.
+        put_order: "put_first" starts a copy before the compute it overlaps,
+            "compute_first" after it, "auto" what suits the platform.
+        max_staged: waiting turns whose pages may be on their way.
+        max_passes: turns that may start before one whose pages are on their way.
+        prefill_kernel, decode_kernel: the attention implementation, one of
+            `pallas_kernels.backends.BACKENDS`, or "auto" for the one of the platform.
+        interpret_kernels: run Pallas kernels in their interpreter, on any platform;
+            slow, for tests.
+    """
+
+    page_tokens: int = 16
+    layers_per_group: int = 1
+    max_batch: int = 8
+    chunk_tokens: tuple[int, ...] = (16, 64, 256)
+    reuse: Literal["cached", "recompute"] = "cached"
+    loading: Literal["auto", "always", "never"] = "auto"
+    read_buffer: int | Literal["auto"] = "auto"
+    is_preloading: bool = True
+    put_order: Literal["auto", "put_first", "compute_first"] = "auto"
+    max_staged: int = 2
+    max_passes: int = 8
+    prefill_kernel: str = "auto"
+    decode_kernel: str = "auto"
+    interpret_kernels: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "chunk_tokens", tuple(self.chunk_tokens))
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if name == "read_buffer" and value == "auto":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"{name}={value!r} must be a whole number from {least} on"
+                )
+        sizes = self.chunk_tokens
+        if not sizes or not all(isinstance(s, int) and s > 0 for s in sizes):
+            raise ValueError(f"chunk_tokens={sizes} must be whole numbers from 1 on")
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                known = ", ".join(map(repr, allowed))
+                raise ValueError(f"{name}={value!r} is not one of {known}")
+        _ = self.kernels  # raises for a name that is no backend
+
+    @property
+    def kernels(self) -> Kernels:
+        return Kernels(
+            prefill=self.prefill_kernel,
+            decode=self.decode_kernel,
+            interpret=self.interpret_kernels,
+        )

@@ -1,0 +1,136 @@
+"""A turn that holds pages: what the engine keeps of it between steps.
+
+Knows tokens, slots and what is under way. Does not know when it gets its turn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cachedattn_jax.engine.cost_model import CostModel, Decision
+from cachedattn_jax.engine.pipeline import exposed_stall_s
+from cachedattn_jax.engine.plan import TurnPlan
+from cachedattn_jax.engine.prefill import PrefillRun
+from cachedattn_jax.engine.sampling import Sampled
+from cachedattn_jax.engine.turn import Turn
+from cachedattn_jax.store.lease import Lease
+from cachedattn_jax.store.page import PageKey
+from cachedattn_jax.store.saver import GroupwiseSave
+from cachedattn_jax.timeline import Timeline, busy_s
+
+
+@dataclass(eq=False, kw_only=True)
+class Job:
+    """A turn with a lease.
+
+    Attributes:
+        page_table: int32 [pages_per_sequence], the lease's slots and then zeros.
+        read_ahead: layer groups that may be copied before they are needed.
+        keys: of the full pages known so far; the first `num_published` of them can be
+            found by other turns.
+        num_passed: turns that started before it because its pages were on their way.
+        seat: where its last token is on the device, once it runs.
+        started_s: when it got it, seconds of the monotonic clock.
+        num_dispatched: reply tokens whose computation was dispatched.
+    """
+
+    turn: Turn
+    plan: TurnPlan
+    decision: Decision
+    lease: Lease
+    page_table: np.ndarray
+    read_ahead: int
+    keys: list[PageKey]
+    num_published: int = 0
+    num_passed: int = 0
+    seat: int | None = None
+    started_s: float = 0.0
+    prefill: PrefillRun | None = None
+    save: GroupwiseSave | None = None
+    num_dispatched: int = 0
+
+    @property
+    def name(self) -> str:
+        """How events call the turn."""
+        return f"{self.turn.request.session_id}#{self.turn.turn_index}"
+
+    @property
+    def needs_tokens(self) -> bool:
+        return self.num_dispatched < self.plan.max_tokens
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """int32, the prompt and the reply so far."""
+        return np.concatenate([self.turn.prompt, np.asarray(self.turn.reply, np.int32)])
+
+    def observe(self, cost_model: CostModel) -> None:
+        """Lets the cost model learn from the prefill, whose events were noted."""
+        assert self.prefill is not None
+        inbound, cached = self.lease.inbound, self.lease.cached_tokens
+        for copy in inbound.reads:
+            start, end = copy.span
+            cost_model.observe_load("disk", copy.num_bytes, end - start)
+        for copy in inbound.puts:
+            start, end = copy.span
+            cost_model.observe_load("host", copy.num_bytes, end - start)
+        if not inbound.loads:
+            ((start, end),) = _in_order(self.prefill.computes)
+            num_tokens = len(self.turn.prompt) - cached
+            cost_model.observe_prefill(num_tokens, cached, end - start)
+
+    def note_prefill(self, timeline: Timeline) -> None:
+        """Measures the prefill, whose first token is known, and notes its events."""
+        run, inbound, turn = self.prefill, self.lease.inbound, self.turn
+        assert run is not None and turn.times.started_s is not None
+        computes = _in_order(run.computes)
+        reads = [copy.span for copy in inbound.reads]
+        puts = [copy.span for copy in inbound.puts]
+        started_s, ends = turn.times.started_s, [end for _, end in computes]
+        needed = [puts[run.needed(group)][1] for group in range(len(puts))]
+        turn.load_s = busy_s([*reads, *puts])
+        turn.exposed_stall_s = exposed_stall_s(needed, ends[: len(puts)], started_s)
+        turn.bytes_disk_to_host = sum(copy.num_bytes for copy in inbound.reads)
+        turn.bytes_host_to_device = sum(copy.num_bytes for copy in inbound.puts)
+
+        def add(name: str, track: str, spans: Sequence, sizes: Sequence | None) -> None:
+            for index, (start, end) in enumerate(spans):
+                details = {"bytes": sizes[index].num_bytes} if sizes else {}
+                if name != "read" and inbound.loads:
+                    details["group"] = index
+                timeline.add(name, track, start, end, turn=self.name, **details)
+
+        add("read", "disk to host", reads, inbound.reads)
+        add("put", "host to device", puts, inbound.puts)
+        add("install", "install", _in_order(run.installs), None)
+        # A group computes when the one before has, and its pages are there.
+        computes = [
+            (min(max(start, needed[i]), end) if needed else start, end)
+            for i, (start, end) in enumerate(computes)
+        ]
+        add("prefill", "compute", computes, None)
+        for group, arrived in enumerate(needed):
+            free = max([started_s, *ends[group - 1 : group]])
+            if arrived > free:
+                details = {"turn": self.name, "group": group}
+                timeline.add("wait", "wait", free, arrived, **details)
+
+
+def _in_order(work: Sequence) -> list[tuple[float, float]]:
+    """(start, end) of programs that run one after the other, as dispatched."""
+    spans: list[tuple[float, float]] = []
+    for dispatched_s, done in work:
+        end = done.result()
+        start = max(dispatched_s, spans[-1][1]) if spans else dispatched_s
+        spans.append((min(start, end), end))
+    return spans
+
+
+@dataclass(frozen=True, kw_only=True)
+class InFlight:
+    """A dispatched program and whose tokens it brings, row by row."""
+
+    jobs: list[Job]
+    sampled: Sampled
+    name: str
+    start_s: float

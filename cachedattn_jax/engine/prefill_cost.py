@@ -1,0 +1,53 @@
+"""Compute seconds of many prefills at once, from what its programs cost. Pure."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from cachedattn_jax.engine.chunks import plan_chunks
+from cachedattn_jax.engine.cost_constants import ChunkCost
+
+
+class PrefillCost:
+    """Sums the programs that `plan_chunks` cuts a prefill into.
+
+    Args:
+        costs: by program size, in tokens.
+        sizes: of the compiled programs.
+
+    Raises:
+        ValueError: a program was not measured.
+    """
+
+    def __init__(self, costs: Mapping[int, ChunkCost], sizes: tuple[int, ...]) -> None:
+        if missing := sorted(set(sizes) - set(costs)):
+            raise ValueError(f"prefill programs of {missing} tokens were not measured")
+        self._size = max(sizes)
+        self._largest = costs[self._size]
+        # By number of tokens below twice the largest size: seconds from position 0,
+        # and seconds more per token before the first. plan_chunks is too slow to be
+        # asked for every number of pages of a decision.
+        self._all = np.zeros((2, 2 * self._size))
+        for num_tokens in range(2 * self._size):
+            end = 0
+            for tokens, size in plan_chunks(num_tokens, sizes):
+                end += tokens
+                slope = costs[size].s_per_context_token
+                self._all[:, num_tokens] += (costs[size].base_s + slope * end, slope)
+
+    def seconds(self, num_tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Seconds of all chunks, by case.
+
+        Args:
+            num_tokens: int, tokens to compute.
+            starts: int, position of the first of them.
+        """
+        size, largest = self._size, self._largest
+        # plan_chunks cuts whole pieces of the largest size off first; their contexts
+        # are an arithmetic series.
+        whole = np.maximum(0, num_tokens - size) // size
+        contexts = whole * starts + size * (whole * (whole + 1) // 2)
+        total = whole * largest.base_s + contexts * largest.s_per_context_token
+        rest = num_tokens - whole * size
+        rest_at_0, rest_slope = self._all[:, rest]
+        return total + rest_at_0 + rest_slope * (starts + whole * size)

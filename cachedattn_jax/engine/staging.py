@@ -1,0 +1,242 @@
+"""Turns whose pages are on their way, and which of them starts next.
+
+Knows leases, read buffers and the order of the queue. Does not know models or how a
+prefill runs.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from cachedattn_jax.engine.cost_model import CostModel, Decision
+from cachedattn_jax.engine.engine_config import EngineConfig
+from cachedattn_jax.engine.job import Job
+from cachedattn_jax.engine.plan import TurnPlan, plan_turn
+from cachedattn_jax.engine.scheduler import Scheduler
+from cachedattn_jax.engine.turn import Turn
+from cachedattn_jax.store.page_index import PageEntry
+from cachedattn_jax.store.tiered_store import TieredStore
+
+# Groups that are copied ahead where no constants were measured.
+_USUAL_READ_AHEAD = 2
+
+
+class BadTurn(Exception):
+    """A waiting turn that cannot be served after all."""
+
+    def __init__(self, turn: Turn, error: Exception) -> None:
+        super().__init__(str(error))
+        self.turn, self.error = turn, error
+
+
+@contextmanager
+def _blamed_on(turn: Turn) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise BadTurn(turn, error) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prospect:
+    """What a waiting turn would hold if it were leased now."""
+
+    plan: TurnPlan
+    found: list[PageEntry]
+    decision: Decision
+
+    @property
+    def has_loads(self) -> bool:
+        return any(entry.slot is None for entry in self.found)
+
+
+class Staging:
+    """Leases turns ahead of their prefill, so that their pages are there in time.
+
+    Attributes:
+        jobs: leased turns that have no seat yet, in the order they were leased.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        window: int,
+        store: TieredStore,
+        scheduler: Scheduler[Turn],
+        cost_model: CostModel,
+    ) -> None:
+        self.jobs: dict[Turn, Job] = {}
+        self._config = config
+        self._window = window
+        self._store = store
+        self._scheduler = scheduler
+        self._cost_model = cost_model
+        self._pages_per_sequence = store.layout.num_pages(window)
+        self._looked_at: weakref.WeakSet[Turn] = weakref.WeakSet()
+
+    def look_ahead(self) -> None:
+        """Leases the next turns that have something to load; their copies begin."""
+        if not self._config.is_preloading:
+            return
+        for turn in self._scheduler.startable(self._config.max_staged):
+            is_known = turn in self._looked_at or turn in self.jobs
+            if is_known or len(self.jobs) >= self._config.max_staged:
+                continue
+            self._looked_at.add(turn)
+            with _blamed_on(turn):
+                prospect = self._prospect(turn)
+                if prospect.has_loads and self._lease(turn, prospect) is None:
+                    return
+        for turn, job in self.jobs.items():
+            with _blamed_on(turn):
+                job.lease.inbound.put_through(job.read_ahead)
+
+    def next(self, patience_s: float) -> Job | None:
+        """The job whose prefill may begin now.
+
+        The first that is ready, unless one before it was passed too often; if none is,
+        the first in the queue once its first pages have come. None while all wait, or
+        while running turns hold the slots that the first one needs.
+
+        Args:
+            patience_s: how long to wait for the first in the queue before others pass.
+        """
+        passed: list[Job] = []
+        for turn in self._scheduler.startable(1 + self._config.max_staged):
+            with _blamed_on(turn):
+                job = self.jobs.get(turn) or self._lease(turn, self._prospect(turn))
+                if job is None:
+                    break
+                if not passed and not self._is_ready(job):
+                    self.wait(turn, patience_s)
+                if self._is_ready(job):
+                    for other in passed:
+                        other.num_passed += 1
+                        other.turn.times.started_s = None
+                    return job
+            passed.append(job)
+            if job.num_passed >= self._config.max_passes:
+                break
+        if passed and passed[0].lease.inbound.has_arrived(0):
+            return passed[0]
+        return None
+
+    def wait(self, turn: Turn, timeout_s: float | None) -> Job | None:
+        """The job of a turn, if its first pages come within this time."""
+        job = self.jobs.get(turn)
+        if job is None:
+            return None
+        with _blamed_on(turn):
+            while not job.lease.inbound.wait(0, timeout_s):
+                if not self._forget_bad(job):
+                    return None
+        return job
+
+    def is_blocked(self, turn: Turn) -> bool:
+        """Whether a turn that is next holds no lease: there were no slots for it."""
+        return turn not in self.jobs
+
+    def renew(self, job: Job) -> None:
+        """Leases anew after some of a job's pages turned out bad."""
+        self._store.release(job.lease)
+        prospect = self._prospect(job.turn)
+        lease = self._acquire(job.turn, prospect)
+        assert lease is not None  # it takes the slots just given back
+        self._fill(job, prospect, lease)
+
+    def drop(self, turn: Turn) -> None:
+        """Gives back what a turn that will not start holds; it may be leased again."""
+        job = self.jobs.pop(turn, None)
+        if job is not None:
+            self._store.release(job.lease)
+        self._looked_at.discard(turn)
+
+    def _forget_bad(self, job: Job) -> bool:
+        """Whether pages turned out bad, and the job goes on without them."""
+        if not self._store.forget_bad(job.lease):
+            return False
+        self.renew(job)
+        return True
+
+    def _prospect(self, turn: Turn) -> _Prospect:
+        request, store = turn.request, self._store
+        record = store.catalog.find(request.tenant, request.session_id)
+        turn.turn_index = 0 if record is None else record.num_turns
+        plan = plan_turn(store.layout, self._window, request, record)
+        found: list[PageEntry] = []
+        if self._config.reuse == "cached":
+            found = store.find(turn.session, plan.reusable_keys, plan.tail)
+        decision = self._decide(plan, found)
+        return _Prospect(
+            plan=plan, found=found[: decision.num_pages], decision=decision
+        )
+
+    def _decide(self, plan: TurnPlan, found: list[PageEntry]) -> Decision:
+        num_resident = next(
+            (i for i, entry in enumerate(found) if entry.slot is None), len(found)
+        )
+        forced = {"always": len(found), "never": num_resident}
+        if self._config.loading in forced:
+            return Decision.forced(self._config.loading, forced[self._config.loading])
+        is_tail = plan.tail is not None and len(found) > plan.tail.index
+        return self._cost_model.decide(
+            [entry.tiers[0].value for entry in found],
+            len(plan.prompt),
+            tail_tokens=len(plan.tail.token_ids) if is_tail and plan.tail else 0,
+        )
+
+    def _acquire(self, turn: Turn, prospect: _Prospect):
+        plan = prospect.plan
+        num_pages = self._store.layout.num_pages(len(plan.prompt) + plan.max_tokens)
+        return self._store.acquire(turn.session, prospect.found, plan.tail, num_pages)
+
+    def _lease(self, turn: Turn, prospect: _Prospect) -> Job | None:
+        assert turn not in self.jobs
+        lease = self._acquire(turn, prospect)
+        if lease is None:
+            return None
+        job = Job(
+            turn=turn,
+            plan=prospect.plan,
+            decision=prospect.decision,
+            lease=lease,
+            page_table=np.zeros(self._pages_per_sequence, np.int32),
+            read_ahead=0,
+            keys=[],
+        )
+        self._fill(job, prospect, lease)
+        self.jobs[turn] = job
+        return job
+
+    def _fill(self, job: Job, prospect: _Prospect, lease) -> None:
+        job.plan, job.decision, job.lease = prospect.plan, prospect.decision, lease
+        job.keys = list(prospect.plan.keys)
+        job.page_table[: len(lease.slots)] = lease.slots
+        job.turn.prompt = prospect.plan.prompt
+        job.read_ahead = self._read_ahead(job)
+
+    def _read_ahead(self, job: Job) -> int:
+        if self._config.read_buffer != "auto":
+            return int(self._config.read_buffer)
+        lease = job.lease
+        new = [entry for entry in filter(None, lease.entries) if entry.slot is None]
+        from_disk = sum(entry.slab is None for entry in new)
+        groups = self._cost_model.read_ahead(
+            len(new) - from_disk,
+            from_disk,
+            len(job.plan.prompt) - lease.cached_tokens,
+            lease.cached_tokens,
+        )
+        return _USUAL_READ_AHEAD if groups is None else groups
+
+    def _is_ready(self, job: Job) -> bool:
+        """Whether a prefill that starts now is expected to find its pages in time."""
+        if not self._config.is_preloading:
+            return True  # it loads when it runs
+        self._forget_bad(job)
+        inbound = job.lease.inbound
+        inbound.put_through(max(1, job.read_ahead))
+        return inbound.has_arrived(max(1, min(job.read_ahead, inbound.num_groups)) - 1)

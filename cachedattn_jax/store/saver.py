@@ -1,0 +1,350 @@
+"""Pages leaving the device: a bounded buffer between slots and host memory.
+
+Knows what is to be saved, what is on its way, and the bound. Does not know turns, or
+which page ought to leave. Paper, section 3.2.2: what is not saved yet when a turn ends
+stays in the buffer, so that the next one does not wait.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import jax
+
+from cachedattn_jax.store.device_pool import RUN_PAGES, DevicePool, split_runs
+from cachedattn_jax.store.evictor import Evictor
+from cachedattn_jax.store.host_tier import HostTier, Slab
+from cachedattn_jax.store.link import Copy, Links
+from cachedattn_jax.store.page_index import PageEntry, PageIndex
+from cachedattn_jax.store.placement import Tier
+from cachedattn_jax.store.watcher import Watcher
+from cachedattn_jax.timeline import Timeline
+
+# While replies grow, pages that fill up leave the device so many at a time.
+_BATCH_PAGES = 4
+
+
+@dataclass(eq=False, kw_only=True)
+class _Flight:
+    """A copy under way to host memory, and what it carries."""
+
+    copy: Copy
+    num_bytes: int
+    turn: str
+    group: int | None
+    pages: "list[tuple[PageEntry, Slab]]"
+
+
+@dataclass(eq=False, kw_only=True)
+class _Run:
+    """Pages taken out of their slots that wait for room in host memory."""
+
+    entries: list[PageEntry]
+    groups: list[jax.Array]
+    num_bytes: int
+
+
+@dataclass(eq=False, kw_only=True)
+class GroupwiseSave:
+    """Pages of one prefill that leave the device group by group while it computes.
+
+    Attributes:
+        indices: which pages of the turn, in runs that share a slab.
+    """
+
+    indices: list[range]
+    slots: list[list[int]]
+    slabs: list[Slab]
+    turn: str
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(slab.num_bytes for slab in self.slabs)
+
+
+class Saver:
+    """Copies new pages out of the device, each of them once.
+
+    Args:
+        capacity_bytes: of copies under way and pages that wait for room; all of it is
+            device memory.
+    """
+
+    def __init__(
+        self,
+        index: PageIndex,
+        pool: DevicePool,
+        host: HostTier,
+        evictor: Evictor,
+        links: Links,
+        watchers: "dict[str, Watcher]",
+        timeline: Timeline,
+        counters: Counter[str],
+        capacity_bytes: int,
+    ) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.buffered_bytes = 0
+        self._index = index
+        self._pool = pool
+        self._host = host
+        self._evictor = evictor
+        self._links = links
+        self._watchers = watchers
+        self._timeline = timeline
+        self._counters = counters
+        # By turn: the rows of a slab go together if they belong to one conversation.
+        self._queue: dict[str, dict[bytes, PageEntry]] = {}
+        self._flights: deque[_Flight] = deque()
+        self._waiting: deque[_Run] = deque()
+
+    # ---- pages that are to be saved when there is room ----
+
+    def ask(self, entries: Iterable[PageEntry], turn: str) -> int:
+        """Puts pages of a turn in the queue of those to be saved; how many are new."""
+        queue = self._queue.setdefault(turn, {})
+        before = len(queue)
+        for entry in entries:
+            if entry.slot is not None and not entry.is_saved:
+                queue[entry.key] = entry
+        num_new = len(queue) - before
+        if not queue:
+            del self._queue[turn]
+        return num_new
+
+    def poll(self) -> None:
+        """Starts saving queued pages of turns that have some; never waits."""
+        self._settle()
+        self._admit_waiting()
+        for turn in [t for t, q in self._queue.items() if len(q) >= _BATCH_PAGES]:
+            if not self.save_queued(turn):
+                return
+
+    def save_queued(self, turn: str) -> bool:
+        """Starts saving all queued pages of a turn, if there is room; whether it was.
+
+        What found no room stays in the queue and is saved later, when its slot is
+        needed at the latest.
+        """
+        wanted = [
+            entry
+            for entry in self._queue.pop(turn, {}).values()
+            if entry.slot is not None and not entry.is_saved
+        ]
+        for run in _runs(wanted):
+            num_bytes = len(run) * self._pool.layout.page_bytes
+            is_full = self.buffered_bytes + num_bytes > self.capacity_bytes
+            is_full = is_full and self.buffered_bytes > 0
+            if is_full or not self._save(run, turn, may_wait=False):
+                self.ask(wanted, turn)
+                return False
+        return True
+
+    def save_now(self, entries: Sequence[PageEntry], turn: str = "") -> None:
+        """Copies pages out of their slots, which are free for others then.
+
+        Waits only for room in the buffer. A page for which there is no room anywhere
+        is not saved.
+        """
+        wanted = [e for e in entries if e.slot is not None and not e.is_saved]
+        for run in _runs(wanted):
+            self._make_buffer_room(len(run) * self._pool.layout.page_bytes)
+            self._save(run, turn, may_wait=True)
+
+    def drain(self) -> None:
+        """Saves all that is queued and waits until every copy has arrived."""
+        for turn in list(self._queue):
+            self.save_now(list(self._queue.pop(turn).values()), turn)
+        started_s = time.monotonic()
+        while self._flights or self._waiting:
+            self._free_oldest()
+        self._counters["save_wait_us"] += int(1e6 * (time.monotonic() - started_s))
+
+    # ---- pages that leave while their prefill computes ----
+
+    def begin(
+        self, indices: Sequence[int], slots: Sequence[int], turn: str
+    ) -> GroupwiseSave | None:
+        """Makes room for pages of a prefill that will leave group by group.
+
+        Only whole runs of the largest size: for fewer pages the many small programs
+        would cost the prefill more than saving them later costs the decode.
+
+        Returns:
+            None when nothing is to leave or there is no room now.
+        """
+        largest = max(RUN_PAGES)
+        page_bytes = self._pool.layout.page_bytes
+        num_bytes = largest * page_bytes
+        save = GroupwiseSave(indices=[], slots=[], slabs=[], turn=turn)
+        for start in range(0, len(indices) - largest + 1, largest):
+            is_full = self.buffered_bytes + num_bytes > self.capacity_bytes
+            if is_full or not self._evictor.make_host_room(num_bytes, may_wait=False):
+                break
+            run = slice(start, start + largest)
+            save.indices.append(range(indices[run.start], indices[run.stop - 1] + 1))
+            save.slots.append(list(slots[run]))
+            save.slabs.append(self._host.reserve(largest, num_bytes))
+            self.buffered_bytes += num_bytes
+        return save if save.slabs else None
+
+    def save_group(self, save: GroupwiseSave, group: int) -> None:
+        """Copies out a layer group whose last program was dispatched."""
+        for slots, slab in zip(save.slots, save.slabs, strict=True):
+            pages = self._pool.extract_group(group, slots)
+            after = self._watchers["compute"].watch(pages)
+            slab.groups += self._pool.put_on_host([pages])
+            done = self._watchers["device-to-host"].watch(slab.groups[-1])
+            copy = self._links.device_to_host.carry(pages.nbytes, done, after)
+            slab.copies.append(copy)
+            self._fly(copy, pages.nbytes, save.turn, group, [])
+
+    def finish(self, save: GroupwiseSave, entries: Sequence[PageEntry | None]) -> None:
+        """The prefill is dispatched: the pages can be found in host memory, too."""
+        for indices, slab in zip(save.indices, save.slabs, strict=True):
+            self._place([entries[index] for index in indices], slab)
+
+    def abandon(self, save: GroupwiseSave) -> None:
+        """The prefill will not end; what was saved of it is worth nothing."""
+        layout = self._pool.layout
+        for slab in save.slabs:
+            missing = layout.num_groups - len(slab.groups)
+            self.buffered_bytes -= missing * layout.group_bytes * slab.num_rows
+            for _ in range(slab.num_rows):
+                self._host.release_row(slab)
+
+    # ---- parts of them ----
+
+    def _save(self, entries: list[PageEntry], turn: str, *, may_wait: bool) -> bool:
+        """Whether the pages were taken out of the pool."""
+        num_bytes = len(entries) * self._pool.layout.page_bytes
+        has_room = self._evictor.make_host_room(num_bytes, may_wait=False)
+        can_ever = num_bytes <= self._host.capacity_bytes
+        if not has_room and can_ever and not may_wait:
+            return False
+        if not has_room and not can_ever and not self._evictor.has_disk:
+            self._counters["pages_not_saved"] += len(entries)
+            return True
+        groups = self._pool.extract([e.slot for e in entries if e.slot is not None])
+        run = _Run(entries=entries, groups=groups, num_bytes=num_bytes)
+        self.buffered_bytes += num_bytes
+        if has_room:
+            self._admit(run, turn)
+        elif can_ever:
+            for entry in entries:
+                entry.is_saving = True
+            self._waiting.append(run)
+        else:
+            self._write_through(run, turn)
+        return True
+
+    def _admit(self, run: _Run, turn: str) -> None:
+        slab = self._host.reserve(len(run.entries), run.num_bytes)
+        after = self._watchers["compute"].watch(run.groups)
+        slab.groups += self._pool.put_on_host(run.groups)
+        done = self._watchers["device-to-host"].watch(list(slab.groups))
+        copy = self._links.device_to_host.carry(run.num_bytes, done, after)
+        slab.copies += [copy] * len(slab.groups)
+        pages = self._place(run.entries, slab)
+        self._fly(copy, run.num_bytes, turn, None, pages)
+
+    def _write_through(self, run: _Run, turn: str) -> None:
+        """Host memory holds no page at all: the pages pass through to disk."""
+        groups = self._pool.put_on_host(run.groups)
+        done = self._watchers["device-to-host"].watch(list(groups))
+        copy = self._links.device_to_host.carry(run.num_bytes, done)
+        self._fly(copy, run.num_bytes, turn, None, [])
+        for row, entry in enumerate(run.entries):
+            if not self._evictor.write(entry, groups, row):
+                self._counters["pages_not_saved"] += 1
+        self._evictor.limit_writes()
+
+    def _place(
+        self, entries: Sequence[PageEntry | None], slab: Slab
+    ) -> "list[tuple[PageEntry, Slab]]":
+        placed = []
+        for row, entry in enumerate(entries):
+            if entry is not None:
+                entry.is_saving = False
+            is_known = entry is not None and self._index.find(entry.key) is entry
+            if entry is None or not is_known or entry.slab is not None:
+                self._host.release_row(slab)
+                continue
+            entry.slab, entry.row = slab, row
+            self._index.place(entry, Tier.HOST, time.monotonic())
+            placed.append((entry, slab))
+        return placed
+
+    def _fly(
+        self,
+        copy: Copy,
+        num_bytes: int,
+        turn: str,
+        group: int | None,
+        pages: "list[tuple[PageEntry, Slab]]",
+    ) -> None:
+        self._counters["bytes_device_to_host"] += num_bytes
+        self._flights.append(
+            _Flight(copy=copy, num_bytes=num_bytes, turn=turn, group=group, pages=pages)
+        )
+
+    def _settle(self) -> None:
+        while self._flights and self._flights[0].copy.has_ended:
+            self._land(self._flights.popleft())
+
+    def _land(self, flight: _Flight) -> None:
+        self.buffered_bytes -= flight.num_bytes
+        if flight.copy.has_failed:
+            self._counters["save_failures"] += 1
+            for entry, slab in flight.pages:
+                if entry.slab is slab:
+                    self._evictor.leave_host(entry)
+            return
+        start_s, end_s = flight.copy.span
+        details: dict[str, object] = {"bytes": flight.num_bytes}
+        if flight.turn:
+            details["turn"] = flight.turn
+        if flight.group is not None:
+            details["group"] = flight.group
+        self._timeline.add("save", "device to host", start_s, end_s, **details)
+
+    def _admit_waiting(self) -> None:
+        while self._waiting and self._evictor.make_host_room(
+            self._waiting[0].num_bytes, may_wait=False
+        ):
+            self._admit(self._waiting.popleft(), "")
+
+    def _make_buffer_room(self, num_bytes: int) -> None:
+        started_s = time.monotonic()
+        self._settle()
+        self._admit_waiting()
+        while self.buffered_bytes and (
+            self.buffered_bytes + num_bytes > self.capacity_bytes
+        ):
+            self._free_oldest()
+        waited_us = 1e6 * (time.monotonic() - started_s)
+        self._counters["save_wait_us"] += int(waited_us)
+
+    def _free_oldest(self) -> None:
+        """Waits for the oldest copy; without one, for room for the oldest run."""
+        if self._flights:
+            self._flights[0].copy.wait()
+            self._settle()
+            return
+        run = self._waiting.popleft()
+        if self._evictor.make_host_room(run.num_bytes, may_wait=True):
+            self._admit(run, "")
+            return
+        self.buffered_bytes -= run.num_bytes
+        self._counters["pages_not_saved"] += len(run.entries)
+        for entry in run.entries:
+            entry.is_saving = False
+            if entry.is_lost:
+                self._index.remove(entry)
+
+
+def _runs(pages: Sequence[PageEntry]) -> Iterator[list[PageEntry]]:
+    pages_left = iter(pages)
+    for size in split_runs(len(pages)):
+        yield list(islice(pages_left, size))

@@ -1,0 +1,335 @@
+"""Claim: layer-wise pre-loading costs what the pipeline bound says, and no more.
+
+A conversation whose history lies in host memory takes a turn while another prefill
+still runs. Its layer groups are copied to the device over an emulated link whose speed
+makes the loading take 0.5, 1 and 2 times as long as the computing; `read_buffer` groups
+may be copied before its own prefill starts (paper, section 3.2.1 and Fig. 19).
+
+    cachedattn run configs/overlap_preload.gin        2 CPU cores, about 3 minutes
+
+Expected, as in the paper: without pre-loading, loading and computing add up; with it
+and an empty buffer, the longer of the two is left, plus a group of the other; every
+group in the buffer takes one group's loading off, until only the computing is left (the
+paper: -35 % with an empty buffer, -61 % with 15 of 40 layers).
+"""
+
+import functools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from cachedattn_jax.engine.engine import Engine
+from cachedattn_jax.engine.engine_config import EngineConfig
+from cachedattn_jax.engine.pipeline import least_finish_s, no_preload_s
+from cachedattn_jax.engine.turn import Turn
+from cachedattn_jax.gantt import draw_turn
+from cachedattn_jax.model.config import LlamaConfig, preset
+from cachedattn_jax.model.llama import LlamaParams, init_params
+from cachedattn_jax.run_directory import Claim, RunDirectory
+from cachedattn_jax.store.budget import StoreConfig
+from cachedattn_jax.store.link import EmulatedLink
+from cachedattn_jax.store.placement import Tier
+from experiments.bench import noise, repeat, serve, submit, to_tier
+from experiments.report import write_report
+
+NO_PRELOAD = "no pre-load"
+AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """One turn: times in seconds."""
+
+    wall_s: float
+    load_s: float
+    stall_s: float
+
+
+class _Bench:
+    """Engines that differ in their read buffer, and one conversation on each."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        params: LlamaParams,
+        engine: EngineConfig,
+        modes: Sequence[str],
+        history: int,
+        new: int,
+        seed: int,
+    ) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.config, self.num_new = config, new
+        self.history = noise(self.rng, history, config.vocab_size)
+        self.engines = {
+            mode: self._engine(params, engine, mode) for mode in (*modes, "all")
+        }
+        layout = self.engines["all"].store.layout
+        self.num_groups = layout.num_groups
+        self.load_bytes = layout.num_pages(history) * layout.page_bytes
+
+    def _engine(self, params: LlamaParams, engine: EngineConfig, mode: str) -> Engine:
+        depths = {NO_PRELOAD: 0, AUTO: "auto", "all": self.config.num_layers}
+        fields = {
+            "read_buffer": depths.get(mode, mode.removeprefix("d = ")),
+            "is_preloading": mode != NO_PRELOAD,
+            "loading": "always",
+        }
+        if fields["read_buffer"] != "auto":
+            fields["read_buffer"] = int(fields["read_buffer"])
+        settings = EngineConfig(**{**vars(engine), **fields})
+        store = StoreConfig(device_bytes="320 MiB", host_bytes="256 MiB")
+        served = Engine(self.config, params, settings, store, weights="random")
+        served.warm_up()
+        submit(served, "ours", self.history)
+        serve(served)
+        return served
+
+    def turn(self, mode: str, link: EmulatedLink | None) -> Turn:
+        """A turn from host memory, queued behind the prefill of another one."""
+        engine = self.engines[mode]
+        engine.store.links.emulate(None, None)
+        to_tier(engine, Tier.HOST)
+        engine.store.links.emulate(link, None)
+        vocab = self.config.vocab_size
+        other = noise(self.rng, self.config.window // 2, vocab)
+        submit(engine, "other", other)
+        new = noise(self.rng, self.num_new, vocab)
+        turn = submit(engine, "ours", [*self.history, *new])
+        serve(engine)
+        return turn
+
+    def close(self) -> None:
+        for engine in self.engines.values():
+            engine.store.links.emulate(None, None)
+            engine.close()
+
+
+def run(
+    run_directory: RunDirectory,
+    *,
+    model: str = "small",
+    engine: EngineConfig = EngineConfig(),
+    history: int = 768,
+    new: int = 256,
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+    depths: tuple[int, ...] = (0, 1, 2, 4),
+    repeats: int = 7,
+    seed: int = 0,
+) -> dict[str, object]:
+    """Measures every depth of the read buffer at every ratio of load to compute.
+
+    Args:
+        history, new: tokens in host memory and tokens to compute.
+        ratios: load time over compute time.
+        depths: sizes of the read buffer, in layer groups.
+    """
+    config = preset(model)
+    modes = [NO_PRELOAD, *[f"d = {depth}" for depth in depths], AUTO]
+    bench = _Bench(config, init_params(config, seed), engine, modes, history, new, seed)
+    try:
+        rows, figures = _measure(bench, modes, ratios, depths, repeats)
+        served = bench.engines[AUTO]
+        run_directory.write_timeline(served.timeline.chrome_trace())
+        figures["One turn, layer group by layer group"] = draw_turn(
+            served.timeline.events, _last_turn(served)
+        )
+    finally:
+        bench.close()
+    summary = {
+        "model": model,
+        "history_tokens": history,
+        "new_tokens": new,
+        "layer_groups": bench.num_groups,
+        "rows": rows,
+        "claims": _claims(rows, ratios),
+    }
+    _print(rows)
+    write_report(run_directory, "Pre-loading, emulated link", summary, figures)
+    return summary
+
+
+def _measure(
+    bench: _Bench,
+    modes: Sequence[str],
+    ratios: Sequence[float],
+    depths: Sequence[int],
+    repeats: int,
+) -> tuple[list[dict], dict[str, Figure]]:
+    """A row for every mode and ratio; medians over the repeats."""
+    compute = repeat(
+        {"compute": lambda: bench.turn("all", None).prefill_s or 0.0},
+        repeats,
+        "computing alone",
+    )["compute"]
+    compute_s = statistics.median(compute)
+    rows = []
+    for ratio in ratios:
+        link = EmulatedLink(bytes_per_s=bench.load_bytes / (ratio * compute_s))
+        auto = bench.engines[AUTO]
+        auto.store.links.emulate(link, None)
+        auto.calibrate()
+        details: dict[str, list[_Measured]] = {mode: [] for mode in modes}
+
+        def trial(mode: str, link=link, details=details) -> float:
+            turn = bench.turn(mode, link)
+            measured = _Measured(
+                wall_s=turn.prefill_s or 0.0,
+                load_s=turn.load_s,
+                stall_s=turn.exposed_stall_s,
+            )
+            details[mode].append(measured)
+            return measured.wall_s
+
+        trials: dict[str, Callable[[], float]] = {
+            mode: functools.partial(trial, mode) for mode in modes
+        }
+        trials["all"] = lambda: bench.turn("all", None).prefill_s or 0.0
+        walls = repeat(trials, repeats, f"load {ratio:g} x compute")
+        for mode in modes:
+            rows.append(
+                _row(bench, mode, ratio, link, walls, details[mode][1:], depths)
+            )
+    return rows, {"Time to first token": _plot(rows, ratios)}
+
+
+def _row(
+    bench: _Bench,
+    mode: str,
+    ratio: float,
+    link: EmulatedLink,
+    walls: Mapping[str, Sequence[float]],
+    details: Sequence[_Measured],
+    depths: Sequence[int],
+) -> dict:
+    """Wall time against the bound made of the computing measured in the same round."""
+    groups = bench.num_groups
+    load = [bench.load_bytes / link.bytes_per_s / groups] * groups
+    bounds = []
+    for compute_s in walls["all"]:
+        compute = [compute_s / groups] * groups
+        if mode == NO_PRELOAD:
+            bounds.append(no_preload_s(load, compute))
+        else:
+            depth = groups if mode == AUTO else int(mode.removeprefix("d = "))
+            bounds.append(least_finish_s(load, compute, read_ahead=depth))
+    over = [wall / bound for wall, bound in zip(walls[mode], bounds, strict=True)]
+    return {
+        "mode": mode,
+        "load_over_compute": ratio,
+        "compute_s": statistics.median(walls["all"]),
+        "load_s": sum(load),
+        "wall_s": statistics.median(walls[mode]),
+        "bound_s": statistics.median(bounds),
+        "over_bound": statistics.median(over),
+        "exposed_stall_s": statistics.median(d.stall_s for d in details),
+        "stall_share": statistics.median(d.stall_s / d.load_s for d in details),
+    }
+
+
+def _claims(rows: Sequence[dict], ratios: Sequence[float]) -> list[Claim]:
+    claims = []
+    for ratio in ratios:
+        of_ratio = [row for row in rows if row["load_over_compute"] == ratio]
+        preloaded = [row for row in of_ratio if row["mode"] != NO_PRELOAD]
+        claims.append(
+            Claim(
+                name=f"load {ratio:g}x compute: time over the pipeline bound, worst d",
+                value=max(row["over_bound"] for row in preloaded),
+                target=1.10,
+                comparison="<=",
+                unit="x",
+                kind="emulated",
+            )
+        )
+        claims += [
+            Claim(
+                name=f"load {ratio:g}x compute: no pre-load over load + compute",
+                value=row["over_bound"],
+                target=1.0,
+                unit="x",
+                kind="emulated",
+            )
+            for row in of_ratio
+            if row["mode"] == NO_PRELOAD
+        ]
+    least = min(ratios)
+    (auto,) = [
+        row for row in rows if row["mode"] == AUTO and row["load_over_compute"] == least
+    ]
+    claims.append(
+        Claim(
+            name=f"load {least:g}x compute, d = auto: exposed stall over load time",
+            value=auto["stall_share"],
+            target=0.05,
+            comparison="<=",
+            kind="emulated",
+        )
+    )
+    return claims
+
+
+def _last_turn(engine: Engine) -> str:
+    names = [event.details.get("turn") for event in engine.timeline.events]
+    return [str(name) for name in names if str(name).startswith("ours")][-1]
+
+
+def _print(rows: Sequence[dict]) -> None:
+    table = Table(
+        title="Prefill time in ms, emulated link (medians)", title_justify="left"
+    )
+    for name in (
+        "load / compute",
+        "read buffer",
+        "compute",
+        "load",
+        "prefill",
+        "bound",
+        "over bound",
+        "stall",
+    ):
+        table.add_column(name, justify="left" if name == "read buffer" else "right")
+    for row in rows:
+        times = (row[k] for k in ("compute_s", "load_s", "wall_s", "bound_s"))
+        table.add_row(
+            f"{row['load_over_compute']:g}",
+            row["mode"],
+            *[f"{1e3 * value:.1f}" for value in times],
+            f"{row['over_bound']:.3f}",
+            f"{1e3 * row['exposed_stall_s']:.1f}",
+        )
+    Console().print(table)
+
+
+def _plot(rows: Sequence[dict], ratios: Sequence[float]) -> Figure:
+    """Fig. 19 of the paper, a panel for each ratio: measured bars and bound lines."""
+    figure, panels = plt.subplots(
+        1,
+        len(ratios),
+        figsize=(3 * len(ratios), 3.2),
+        sharey=True,
+        layout="constrained",
+    )
+    for axes, ratio in zip(np.atleast_1d(panels), ratios, strict=True):
+        of_ratio = [row for row in rows if row["load_over_compute"] == ratio]
+        names = [row["mode"] for row in of_ratio]
+        places = np.arange(len(names))
+        axes.bar(places, [1e3 * row["wall_s"] for row in of_ratio], label="measured")
+        axes.hlines(
+            [1e3 * row["bound_s"] for row in of_ratio],
+            places - 0.4,
+            places + 0.4,
+            color="black",
+            label="bound",
+        )
+        axes.set_title(f"load = {ratio:g} x compute", fontsize=10)
+        axes.set_xticks(places, names, rotation=60, ha="right")
+    np.atleast_1d(panels)[0].set_ylabel("time to first token, ms")
+    np.atleast_1d(panels)[0].legend()
+    return figure
