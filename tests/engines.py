@@ -4,6 +4,7 @@ The answer is independent of pages, pools and stores: the dense model run over t
 conversation again for every token.
 """
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -50,8 +51,15 @@ def make_engine(
     dtype: str = "float32",
     head_dim: int = 16,
     kernel: str = "auto",
+    **options,
 ) -> Engine:
-    """An engine whose budgets are given in pages."""
+    """An engine whose budgets are given in pages.
+
+    Args:
+        options: other fields of EngineConfig and StoreConfig.
+    """
+    of_store = {f.name for f in dataclasses.fields(StoreConfig)} & options.keys()
+    store = {name: options.pop(name) for name in of_store}
     config, params = tiny_model(dtype, head_dim)
     size = page_bytes(config, page_tokens)
     window_pages = -(-config.window // page_tokens)
@@ -67,6 +75,7 @@ def make_engine(
             prefill_kernel=kernel,
             decode_kernel=kernel,
             interpret_kernels=kernel != "auto",
+            **options,
         ),
         StoreConfig(
             device_bytes=size * (device_pages or (max_batch + 2) * window_pages),
@@ -74,6 +83,7 @@ def make_engine(
             # An object is a page and its header.
             disk_bytes=disk_pages * (size + 2048),
             disk_root=disk_root,
+            **store,
         ),
         weights="tiny",
     )

@@ -157,6 +157,7 @@ class CostModel:
         tail_tokens: int = 0,
         lead_s: float = 0.0,
         read_ahead: int = 1,
+        copied: Sequence[int] | None = None,
     ) -> Decision:
         """Picks the number of pages with which the prefill ends soonest.
 
@@ -171,6 +172,9 @@ class CostModel:
             tail_tokens: tokens in the last page; 0 for a full one.
             lead_s: seconds that loads may start before the prefill.
             read_ahead: groups in flight or in the read buffer, see `pipeline`.
+            copied: pages that travel for each page of the beginning and not for one
+                before it: a run in host memory travels whole with its first page. One
+                for each that is not on the device, if not given.
 
         Raises:
             ValueError: a source is unknown, or the stored pages leave no token to
@@ -192,8 +196,11 @@ class CostModel:
         if unknown := set(sources) - _TIERS.keys():
             raise ValueError(f"no page lies in {sorted(unknown)}")
         tiers = np.asarray([_TIERS[source] for source in sources], np.int64)
-        host, disk = (np.cumsum(np.r_[0, tiers == tier]) for tier in (1, 2))
-        loaded = host + disk
+        travels = np.asarray(tiers > 0 if copied is None else copied, np.int64)
+        host, disk = (
+            np.cumsum(np.r_[0, np.where(tiers == tier, travels, 0)]) for tier in (1, 2)
+        )
+        loaded = np.cumsum(np.r_[0, tiers > 0])
         if self._constants is None or (disk[-1] and self._constants.disk_read is None):
             finish = None
         else:

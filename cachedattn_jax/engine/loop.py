@@ -194,7 +194,7 @@ class Loop:
         turn.tokens_from = job.plan.tokens_from(lease)
         turn.decision = job.decision.choice
         turn.decision_reason = job.decision.reason
-        if self._saves_early(job):
+        if self._saves_meanwhile(job):
             step = store.layout.page_tokens
             first, last = -(-lease.cached_tokens // step), len(turn.prompt) // step
             pages = range(first, last)
@@ -211,13 +211,18 @@ class Loop:
         )
         turn.num_chunk_tokens = job.prefill.num_padded
 
-    def _saves_early(self, job: Job) -> bool:
+    def _saves_meanwhile(self, job: Job) -> bool:
         is_reusing = self._config.reuse == "cached"
-        return is_reusing and self._store.saves_early(job.turn.turn_index)
+        return is_reusing and self._store.saves_meanwhile(job.turn.turn_index)
 
     def _save_group(self, job: Job, group: int) -> None:
-        if job.save is not None:
+        if job.save is None:
+            return
+        try:
             self._store.saver.save_group(job.save, group)
+        except Exception:  # the turn does not need it
+            self._store.counters["save_failures"] += 1
+            self._abandon_save(job)
 
     def _abandon_save(self, job: Job) -> None:
         if job.save is not None:
@@ -268,7 +273,7 @@ class Loop:
         elif len(turn.reply) == job.plan.max_tokens:
             is_full = job.plan.max_tokens < turn.request.max_tokens
             self._finish(job, "window" if is_full else "length")
-        elif self._saves_early(job):
+        elif self._saves_meanwhile(job):
             # The token just sampled has no keys and values yet.
             num_cached = len(turn.prompt) + len(turn.reply) - 1
             if num_cached % self._store.layout.page_tokens == 0:

@@ -255,7 +255,7 @@ class PrefillRun:
         needed = self.needed(self.group)
         is_gated = is_gated or not self._is_preloading
         is_there = inbound.has_arrived if is_gated else inbound.is_put
-        if is_there(needed) and not inbound.bad():
+        if is_there(needed) and not inbound.has_failed:
             return True
         patience_s = None if until_s is None else max(0.0, until_s - time.monotonic())
         return inbound.wait(needed, patience_s, only_put=not is_gated)

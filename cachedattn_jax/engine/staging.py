@@ -186,6 +186,7 @@ class Staging:
             [entry.tiers[0].value for entry in found],
             len(plan.prompt),
             tail_tokens=len(plan.tail.token_ids) if is_tail and plan.tail else 0,
+            copied=_copied(found),
         )
 
     def _acquire(self, turn: Turn, prospect: _Prospect):
@@ -222,10 +223,10 @@ class Staging:
         if self._config.read_buffer != "auto":
             return int(self._config.read_buffer)
         lease = job.lease
-        new = [entry for entry in filter(None, lease.entries) if entry.slot is None]
-        from_disk = sum(entry.slab is None for entry in new)
+        held = list(filter(None, lease.entries))
+        from_disk = sum(e.slot is None and e.slab is None for e in held)
         groups = self._cost_model.read_ahead(
-            len(new) - from_disk,
+            sum(_copied(held)) - from_disk,
             from_disk,
             len(job.plan.prompt) - lease.cached_tokens,
             lease.cached_tokens,
@@ -240,3 +241,16 @@ class Staging:
         inbound = job.lease.inbound
         inbound.put_through(max(1, job.read_ahead))
         return inbound.has_arrived(max(1, min(job.read_ahead, inbound.num_groups)) - 1)
+
+
+def _copied(found: list[PageEntry]) -> list[int]:
+    """Pages that travel for each page, and not already for one before it."""
+    runs: set[int] = set()
+    copied = []
+    for entry in found:
+        pages = int(entry.slot is None)
+        if entry.slot is None and entry.slab is not None:
+            pages = 0 if id(entry.slab) in runs else entry.slab.num_rows
+            runs.add(id(entry.slab))
+        copied.append(pages)
+    return copied

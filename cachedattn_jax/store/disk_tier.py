@@ -49,10 +49,12 @@ class DiskRead:
     """Pages on their way from disk, a few layer groups at a time, in order.
 
     Attributes:
+        num_pages: how many.
         groups_per_part: layer groups that are read together.
         copies: of the parts, one after the other.
     """
 
+    num_pages: int
     groups_per_part: int
     parts: "list[Future[DiskPart]]"
     copies: list[Copy]
@@ -74,7 +76,9 @@ class DiskRead:
         """Reason by index of every page found bad until now."""
         found: dict[int, str] = {}
         for part in self.parts:
-            if part.done():
+            if part.done() and part.exception() is not None:
+                found = {index: "read_failed" for index in range(self.num_pages)}
+            elif part.done():
                 found = {**part.result().bad, **found}
         return found
 
@@ -152,7 +156,9 @@ class DiskTier:
             parts.append(self.root.submit(self._read, list(keys), groups, before))
             num_bytes = len(keys) * len(groups) * layout.group_bytes
             copies.append(_carry(self._links.disk_to_host, num_bytes, parts[-1]))
-        return DiskRead(groups_per_part=per_part, parts=parts, copies=copies)
+        return DiskRead(
+            num_pages=len(keys), groups_per_part=per_part, parts=parts, copies=copies
+        )
 
     def _write(
         self,

@@ -20,6 +20,7 @@ class Slab:
             dim]; those of a run that leaves group by group come one after the other.
         copies: for each of them, the copy that brought it or brings it.
         rows_left: rows still in use; the memory goes when the last one leaves.
+        is_broken: whether a copy of it failed, so that no page may use it.
     """
 
     num_rows: int
@@ -27,6 +28,7 @@ class Slab:
     rows_left: int
     groups: list[jax.Array] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
+    is_broken: bool = False
 
 
 class HostTier:

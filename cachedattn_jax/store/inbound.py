@@ -56,8 +56,8 @@ class Inbound:
     """Loads of one turn; the first `num_put` layer groups are copied or being copied.
 
     Attributes:
-        reads: the copies from disk, in the order they were asked for.
         puts: the copies to the device, one for each layer group put.
+        failure: what went wrong when a copy was handed to the device.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Inbound:
         self.loads = list(loads)
         self.num_groups = pool.layout.num_groups if loads else 0
         self.puts: list[Copy] = []
+        self.failure: Exception | None = None
         self._pool = pool
         self._link = link
         self._watcher = watcher
@@ -84,16 +85,19 @@ class Inbound:
         return [copy for read in reads for copy in read.copies]
 
     @property
-    def host_bytes(self) -> int:
-        """Bytes of all groups that are copied to the device."""
-        page = self._pool.layout.page_bytes
-        return sum(len(load.slots) for load in self.loads) * page
+    def has_failed(self) -> bool:
+        """Whether a page is bad or a copy failed: the rest will not arrive."""
+        if self.failure is not None or any(put.has_failed for put in self.puts):
+            return True
+        return bool(self.bad())
 
     def put_through(self, num_groups: int) -> None:
         """Wants the first `num_groups` groups put, and puts those that can be."""
         self._wanted = max(self._wanted, min(num_groups, self.num_groups))
         while self.num_put < self._wanted and self._has_source(self.num_put):
             self._put(self.num_put)
+            if self.failure is not None:
+                return
 
     def has_arrived(self, group: int) -> bool:
         """Whether a layer group is on the device, or nothing is to be copied."""
@@ -121,7 +125,7 @@ class Inbound:
         self.put_through(group + 1)
         while not is_there(group):
             left_s = end_s - time.monotonic()
-            if left_s <= 0 or self.bad():
+            if left_s <= 0 or self.has_failed:
                 return False
             limit_s = None if timeout_s is None else left_s
             if self.num_put > group:
@@ -148,9 +152,8 @@ class Inbound:
         return found
 
     def _has_source(self, group: int) -> bool:
-        if not all(load.has_group(group) for load in self.loads):
-            return False
-        return not self.bad()
+        is_here = all(load.has_group(group) for load in self.loads)
+        return is_here and not self.has_failed
 
     def _wait_source(self, group: int, timeout_s: float | None) -> None:
         for load in self.loads:
@@ -158,7 +161,11 @@ class Inbound:
                 return load.wait(group, timeout_s)
 
     def _put(self, group: int) -> None:
-        arrays = self._pool.put([load.group(group) for load in self.loads])
+        try:
+            arrays = self._pool.put([load.group(group) for load in self.loads])
+        except Exception as error:  # out of memory, most likely: computing may do
+            self.failure = error
+            return
         self._arrays[group] = arrays
         num_bytes = sum(array.nbytes for array in arrays)
         self.puts.append(self._link.carry(num_bytes, self._watcher.watch(arrays)))

@@ -34,7 +34,7 @@ class _Flight:
     num_bytes: int
     turn: str
     group: int | None
-    pages: "list[tuple[PageEntry, Slab]]"
+    slab: Slab | None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -198,7 +198,7 @@ class Saver:
             done = self._watchers["device-to-host"].watch(slab.groups[-1])
             copy = self._links.device_to_host.carry(pages.nbytes, done, after)
             slab.copies.append(copy)
-            self._fly(copy, pages.nbytes, save.turn, group, [])
+            self._fly(copy, pages.nbytes, save.turn, group, slab)
 
     def finish(self, save: GroupwiseSave, entries: Sequence[PageEntry | None]) -> None:
         """The prefill is dispatched: the pages can be found in host memory, too."""
@@ -226,7 +226,11 @@ class Saver:
         if not has_room and not can_ever and not self._evictor.has_disk:
             self._counters["pages_not_saved"] += len(entries)
             return True
-        groups = self._pool.extract([e.slot for e in entries if e.slot is not None])
+        try:
+            groups = self._pool.extract([e.slot for e in entries if e.slot is not None])
+        except Exception:  # out of memory, most likely: they are not saved
+            self._counters["save_failures"] += 1
+            return True
         run = _Run(entries=entries, groups=groups, num_bytes=num_bytes)
         self.buffered_bytes += num_bytes
         if has_room:
@@ -240,41 +244,51 @@ class Saver:
         return True
 
     def _admit(self, run: _Run, turn: str) -> None:
-        slab = self._host.reserve(len(run.entries), run.num_bytes)
         after = self._watchers["compute"].watch(run.groups)
-        slab.groups += self._pool.put_on_host(run.groups)
-        done = self._watchers["device-to-host"].watch(list(slab.groups))
+        try:
+            groups = self._pool.put_on_host(run.groups)
+        except Exception:  # out of memory, most likely
+            self._counters["save_failures"] += 1
+            return self._drop(run)
+        slab = self._host.reserve(len(run.entries), run.num_bytes)
+        slab.groups += groups
+        done = self._watchers["device-to-host"].watch(groups)
         copy = self._links.device_to_host.carry(run.num_bytes, done, after)
-        slab.copies += [copy] * len(slab.groups)
-        pages = self._place(run.entries, slab)
-        self._fly(copy, run.num_bytes, turn, None, pages)
+        slab.copies += [copy] * len(groups)
+        self._place(run.entries, slab)
+        self._fly(copy, run.num_bytes, turn, None, slab)
+
+    def _drop(self, run: _Run) -> None:
+        """Gives up pages that were taken out of their slots."""
+        self.buffered_bytes -= run.num_bytes
+        self._counters["pages_not_saved"] += len(run.entries)
+        for entry in run.entries:
+            entry.is_saving = False
+            if entry.is_lost:
+                self._index.remove(entry)
 
     def _write_through(self, run: _Run, turn: str) -> None:
         """Host memory holds no page at all: the pages pass through to disk."""
         groups = self._pool.put_on_host(run.groups)
         done = self._watchers["device-to-host"].watch(list(groups))
         copy = self._links.device_to_host.carry(run.num_bytes, done)
-        self._fly(copy, run.num_bytes, turn, None, [])
+        self._fly(copy, run.num_bytes, turn, None, None)
         for row, entry in enumerate(run.entries):
             if not self._evictor.write(entry, groups, row):
                 self._counters["pages_not_saved"] += 1
         self._evictor.limit_writes()
 
-    def _place(
-        self, entries: Sequence[PageEntry | None], slab: Slab
-    ) -> "list[tuple[PageEntry, Slab]]":
-        placed = []
+    def _place(self, entries: Sequence[PageEntry | None], slab: Slab) -> None:
         for row, entry in enumerate(entries):
             if entry is not None:
                 entry.is_saving = False
             is_known = entry is not None and self._index.find(entry.key) is entry
-            if entry is None or not is_known or entry.slab is not None:
+            is_wanted = is_known and entry is not None and entry.slab is None
+            if entry is None or not is_wanted or slab.is_broken:
                 self._host.release_row(slab)
                 continue
             entry.slab, entry.row = slab, row
             self._index.place(entry, Tier.HOST, time.monotonic())
-            placed.append((entry, slab))
-        return placed
 
     def _fly(
         self,
@@ -282,11 +296,11 @@ class Saver:
         num_bytes: int,
         turn: str,
         group: int | None,
-        pages: "list[tuple[PageEntry, Slab]]",
+        slab: Slab | None,
     ) -> None:
         self._counters["bytes_device_to_host"] += num_bytes
         self._flights.append(
-            _Flight(copy=copy, num_bytes=num_bytes, turn=turn, group=group, pages=pages)
+            _Flight(copy=copy, num_bytes=num_bytes, turn=turn, group=group, slab=slab)
         )
 
     def _settle(self) -> None:
@@ -297,9 +311,11 @@ class Saver:
         self.buffered_bytes -= flight.num_bytes
         if flight.copy.has_failed:
             self._counters["save_failures"] += 1
-            for entry, slab in flight.pages:
-                if entry.slab is slab:
-                    self._evictor.leave_host(entry)
+            if flight.slab is not None:
+                flight.slab.is_broken = True
+                for entry in list(self._index.in_tier(Tier.HOST)):
+                    if entry.slab is flight.slab:
+                        self._evictor.leave_host(entry)
             return
         start_s, end_s = flight.copy.span
         details: dict[str, object] = {"bytes": flight.num_bytes}
@@ -335,13 +351,8 @@ class Saver:
         run = self._waiting.popleft()
         if self._evictor.make_host_room(run.num_bytes, may_wait=True):
             self._admit(run, "")
-            return
-        self.buffered_bytes -= run.num_bytes
-        self._counters["pages_not_saved"] += len(run.entries)
-        for entry in run.entries:
-            entry.is_saving = False
-            if entry.is_lost:
-                self._index.remove(entry)
+        else:
+            self._drop(run)
 
 
 def _runs(pages: Sequence[PageEntry]) -> Iterator[list[PageEntry]]:

@@ -181,12 +181,20 @@ class TieredStore:
 
         Such a lease is to be released, and what is left of its pages acquired anew.
         """
-        bad = lease.inbound.bad()
+        inbound = lease.inbound
+        if not inbound.has_failed:
+            return False
+        bad = inbound.bad()
+        if not bad:  # it was a copy: what it carried is computed again
+            lost = [e for e in lease.entries if e is not None and e.slot is None]
+            bad = {"copy_failed": lost}
         for reason, entries in bad.items():
             self.counters[f"miss_{reason}"] += len(entries)
             for entry in entries:
+                if reason == "copy_failed":
+                    self._evictor.leave_host(entry)
                 self._evictor.leave_disk(entry)
-        return bool(bad)
+        return True
 
     def publish(
         self,
@@ -217,9 +225,13 @@ class TieredStore:
         Returns:
             How many pages will leave for that.
         """
-        if self.config.is_saving_synchronous or not self.saves_early(num_turns):
+        if not self.saves_meanwhile(num_turns):
             return 0
         return self.saver.ask(filter(None, lease.entries), turn)
+
+    def saves_meanwhile(self, num_turns: int) -> bool:
+        """Whether a session's new pages leave the device while its turn runs."""
+        return not self.config.is_saving_synchronous and self.saves_early(num_turns)
 
     def saves_early(self, num_turns: int) -> bool:
         """Whether the write policy copies a session's pages out before they must go."""

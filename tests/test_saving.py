@@ -1,0 +1,170 @@
+"""Pages leave the device: when, once, within the buffer, without being waited for."""
+
+import numpy as np
+import pytest
+
+from cachedattn_jax.store.link import EmulatedLink
+from cachedattn_jax.store.placement import Tier
+from tests.engines import (
+    ask,
+    assert_nothing_leaked,
+    assert_same_reply,
+    greedy_reply,
+    make_engine,
+    page_bytes,
+    random_tokens,
+)
+from tests.test_overlap import request
+
+
+def num_saved(engine) -> int:
+    return sum(1 for _ in engine.store.index.in_tier(Tier.HOST))
+
+
+def test_full_pages_leave_while_the_reply_still_grows():
+    engine = make_engine(page_tokens=4)
+    turn = engine.submit(request("a", random_tokens(np.random.default_rng(0), 9), 60))
+    seen = []
+    while not turn.is_finished:
+        engine.step()
+        seen.append((len(turn.reply), num_saved(engine)))
+    before_end = [pages for length, pages in seen if length < 55]
+    assert before_end[-1] >= 8
+    assert before_end == sorted(before_end)
+    assert_nothing_leaked(engine)
+
+
+def test_a_long_prefill_leaves_layer_group_by_layer_group():
+    engine = make_engine(page_tokens=4, layers_per_group=1)
+    turn = ask(engine, "a", random_tokens(np.random.default_rng(0), 80))
+    engine.store.saver.drain()
+    saves = [e for e in engine.timeline.events if e.name == "save"]
+    by_group = [e.details["group"] for e in saves if "group" in e.details]
+    assert sorted(by_group) == [0, 1, 2, 3]
+    assert {e.details["turn"] for e in saves} == {"a#0"}
+    pages = -(-(len(turn.prompt) + 3) // 4)
+    assert sum(int(str(e.details["bytes"])) for e in saves) == (
+        pages * engine.store.layout.page_bytes
+    )
+    assert turn.bytes_device_to_host == pages * engine.store.layout.page_bytes
+
+
+def test_only_new_pages_are_ever_copied_out():
+    engine = make_engine(page_tokens=4)
+    rng = np.random.default_rng(0)
+    said = 0
+    for _ in range(4):
+        turn = ask(engine, "a", random_tokens(rng, 8), max_tokens=5)
+        said = len(turn.prompt) + len(turn.reply)
+    engine.store.saver.drain()
+    full = (said - 1) // 4
+    # Of each turn the full pages that are new, and its partly filled last page.
+    copied = engine.store.counters["bytes_device_to_host"]
+    assert copied <= (full + 4) * engine.store.layout.page_bytes
+    assert num_saved(engine) == -(-(said - 1) // 4)
+
+
+@pytest.mark.parametrize("policy", ["write_back", "write_through_selective"])
+def test_lazy_policies_save_when_the_slot_is_needed_and_lose_nothing(policy):
+    engine = make_engine(page_tokens=4, device_pages=60, write_policy=policy)
+    rng = np.random.default_rng(0)
+    said = {}
+    ask(engine, "a", random_tokens(rng, 30))
+    assert num_saved(engine) == 0
+    if policy == "write_through_selective":
+        ask(engine, "a", random_tokens(rng, 6))
+        engine.store.saver.drain()
+        assert num_saved(engine) > 0
+    for _ in range(3):
+        for name in "bcdef":
+            turn = ask(engine, name, random_tokens(rng, 12))
+            said[name] = len(turn.prompt) + len(turn.reply)
+            assert turn.tokens_from.recomputed == 0
+            assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 4))
+    assert num_saved(engine) > 0
+    assert_nothing_leaked(engine)
+
+
+def test_lazy_pages_reach_the_disk_when_the_engine_closes(tmp_path):
+    options = {
+        "disk_pages": 500,
+        "disk_root": str(tmp_path),
+        "write_policy": "write_back",
+    }
+    engine = make_engine(**options)
+    first = ask(engine, "a", random_tokens(np.random.default_rng(0), 30))
+    engine.close()
+    engine = make_engine(**options)
+    turn = ask(engine, "a", [5])
+    assert turn.tokens_from.disk == len(first.prompt) + len(first.reply) - 1
+    assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 4))
+    engine.close()
+
+
+def test_the_write_buffer_is_bounded_and_waiting_for_it_is_counted():
+    size = page_bytes(make_engine().model, 4)
+    engine = make_engine(
+        page_tokens=4,
+        device_pages=30,
+        write_policy="write_back",
+        write_buffer_bytes=4 * size,
+    )
+    engine.store.links.emulate(EmulatedLink(bytes_per_s=200 * size), None)
+    rng = np.random.default_rng(0)
+    most = 0
+    for name in "abcde":
+        turn = engine.submit(request(name, random_tokens(rng, 40)))
+        while not turn.is_finished:
+            engine.step()
+            most = max(most, engine.store.saver.buffered_bytes)
+        assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 4))
+    # A run larger than the buffer travels alone.
+    assert 0 < most <= max(4, 16) * size
+    assert engine.store.counters["save_wait_us"] > 0
+    assert_nothing_leaked(engine)
+    engine.store.links.emulate(None, None)
+    engine.close()
+
+
+def test_turns_do_not_wait_for_saves_that_fit_the_buffer():
+    engine = make_engine(page_tokens=4, device_pages=30, write_policy="write_back")
+    engine.store.links.emulate(EmulatedLink(bytes_per_s=1e5), None)
+    rng = np.random.default_rng(0)
+    for name in "abcd":
+        ask(engine, name, random_tokens(rng, 40))
+    assert engine.store.saver.buffered_bytes > 0
+    assert engine.store.counters["save_wait_us"] < 50_000
+    engine.store.links.emulate(None, None)
+
+
+def test_synchronous_saving_has_saved_everything_when_a_turn_ends():
+    engine = make_engine(page_tokens=4, is_saving_synchronous=True)
+    engine.store.links.emulate(EmulatedLink(bytes_per_s=1e7), None)
+    turn = ask(engine, "a", random_tokens(np.random.default_rng(0), 40), max_tokens=8)
+    assert engine.store.saver.buffered_bytes == 0
+    assert num_saved(engine) == -(-(len(turn.prompt) + 7) // 4)
+    assert engine.store.counters["save_wait_us"] > 0
+
+
+@pytest.mark.parametrize("host_pages", [0, 8])
+def test_pages_wait_in_the_buffer_for_a_slow_disk_and_come_back_right(
+    tmp_path, host_pages
+):
+    engine = make_engine(
+        page_tokens=4,
+        device_pages=30,
+        host_pages=host_pages,
+        disk_pages=500,
+        disk_root=str(tmp_path),
+    )
+    size = engine.store.layout.page_bytes
+    engine.store.links.emulate(None, EmulatedLink(bytes_per_s=500 * size))
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        for name in "abcd":
+            turn = ask(engine, name, random_tokens(rng, 20))
+            assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 4))
+            assert_nothing_leaked(engine)
+    engine.store.links.emulate(None, None)
+    engine.close()
+    assert engine.store.saver.buffered_bytes == 0
