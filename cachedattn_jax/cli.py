@@ -4,6 +4,7 @@ Exit codes: 0 done, also where a claim missed its target; 1 an invariant was bro
 the run failed; 2 the user's mistake, in one sentence.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 _HELP = """Serve multi-turn conversations with a KV cache that outlives the turn.
 
@@ -176,6 +176,7 @@ def timeline(
     ] = False,
 ) -> None:
     from cachedattn_jax import gantt
+    from cachedattn_jax.tables import tracks_table
 
     with _exit_codes(debug=False):
         path = run / "timeline.json.gz" if run.is_dir() else run
@@ -189,21 +190,72 @@ def timeline(
         if output.suffix not in (".svg", ".png"):
             raise ValueError(f"{output} must end in .svg or .png")
         gantt.draw_turn(events, turn).savefig(output, dpi=150)
-        table = Table(title=turn, title_justify="left")
-        for name in ("track", "events", "busy ms", "MiB", "GB/s"):
-            table.add_column(name, justify="left" if name == "track" else "right")
-        for row in gantt.track_table(events, turn):
-            speed = row.num_bytes / row.busy_s / 1e9 if row.busy_s else 0.0
-            table.add_row(
-                row.track,
-                str(row.num_events),
-                f"{1e3 * row.busy_s:.2f}",
-                f"{row.num_bytes / 2**20:.1f}" if row.num_bytes else "",
-                f"{speed:.2f}" if row.num_bytes else "",
-            )
         console = Console(highlight=False)
-        console.print(table)
+        console.print(tracks_table(turn, gantt.track_table(events, turn)))
         console.print(f"The picture is in {output}.")
+
+
+_DOCTOR_HELP = """Measure what copies and programs cost here, and what follows.
+
+The engine loads stored pages or computes them again, whichever these numbers say is
+sooner. Examples:
+
+    cachedattn doctor
+
+    cachedattn doctor --model llama-3-8b --page_tokens 64 --chunk_tokens 512,2048
+"""
+
+
+@app.command(help=_DOCTOR_HELP)
+def doctor(
+    model: Annotated[str, typer.Option("--model", help="A preset.")] = "small",
+    disk_root: Annotated[
+        str | None,
+        typer.Option("--disk_root", help="A folder on the disk to measure."),
+    ] = None,
+    page_tokens: Annotated[int, typer.Option("--page_tokens")] = 16,
+    layers_per_group: Annotated[int, typer.Option("--layers_per_group")] = 1,
+    chunk_tokens: Annotated[
+        str, typer.Option("--chunk_tokens", help="Sizes of the prefill programs.")
+    ] = "16,64,256",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the constants as JSON.")
+    ] = False,
+) -> None:
+    with _exit_codes(debug=False):
+        _keep_compiled_programs()
+        from rich.status import Status
+
+        from cachedattn_jax.doctor import examine
+        from cachedattn_jax.tables import constants_table, decisions_table
+
+        sizes = chunk_tokens.split(",")
+        if not all(size.strip().isdigit() for size in sizes):
+            raise ValueError(
+                f"--chunk_tokens={chunk_tokens!r} must look like 16,64,256"
+            )
+        stderr = Console(stderr=True)
+        with Status("compiling and measuring", console=stderr) as status:
+            engine, constants = examine(
+                model,
+                disk_root=disk_root,
+                page_tokens=page_tokens,
+                layers_per_group=layers_per_group,
+                chunk_tokens=tuple(map(int, sizes)),
+                progress=lambda name, done, total: status.update(
+                    f"{done} of {total}: {name}"
+                ),
+            )
+        if as_json:
+            typer.echo(json.dumps(constants.describe(), indent=1))
+            return
+        console = Console(highlight=False)
+        console.print(constants_table(constants))
+        console.print(
+            decisions_table(
+                engine.cost_model, engine.store.layout, engine.model.window, 32
+            )
+        )
 
 
 @app.command()
@@ -212,6 +264,7 @@ def info() -> None:
     import jax
 
     from cachedattn_jax.run_directory import environment, versions
+    from cachedattn_jax.tables import presets_table
 
     console = Console(highlight=False)
     console.print(
@@ -228,24 +281,4 @@ def info() -> None:
         console.print(
             f"device {device.id}: {device.device_kind}, {size}memories {kinds}"
         )
-    console.print(_presets_table())
-
-
-def _presets_table() -> Table:
-    from cachedattn_jax.model.config import PRESETS
-
-    table = Table(title="Model presets", title_justify="left")
-    for name in ("preset", "parameters", "layers", "kv heads", "window", "KV/token"):
-        table.add_column(name, justify="left" if name == "preset" else "right")
-    for name, model in PRESETS.items():
-        item_bytes = 4 if model.dtype == "float32" else 2
-        per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-        table.add_row(
-            name,
-            f"{model.num_parameters / 1e6:,.1f} M",
-            str(model.num_layers),
-            str(model.num_kv_heads),
-            f"{model.window:,}",
-            f"{per_token * item_bytes / 2**10:,.0f} KiB",
-        )
-    return table
+    console.print(presets_table())

@@ -6,6 +6,8 @@ conversation again for every token.
 
 import dataclasses
 import functools
+import time
+from concurrent.futures import Future
 from typing import Literal
 
 import jax
@@ -17,10 +19,32 @@ from cachedattn_jax.engine.request import Request
 from cachedattn_jax.model.config import LlamaConfig, preset
 from cachedattn_jax.model.llama import LlamaParams, init_params, model_of
 from cachedattn_jax.store.budget import StoreConfig
+from cachedattn_jax.store.link import Link
 from cachedattn_jax.store.placement import Tier
 
 PAGE_TOKENS = (4, 16)
 LAYERS_PER_GROUP = (1, 2, 4)
+
+
+class HeldLink(Link):
+    """One whose copies arrive when they are let go, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_free = 0
+        self.held: list[Future[float]] = []
+
+    def carry(self, num_bytes, done, after=None):
+        held: Future[float] = Future()
+        self.held.append(held)
+        self.let_go(0)
+        return super().carry(num_bytes, held, after)
+
+    def let_go(self, count: int) -> None:
+        self.num_free += count
+        for held in self.held[: self.num_free]:
+            if not held.done():
+                held.set_result(time.monotonic())
 
 
 @functools.cache

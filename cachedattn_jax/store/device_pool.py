@@ -117,6 +117,15 @@ class DevicePool:
         """The same of one layer group."""
         return _extract_group(self.arrays[group], np.asarray(slots, np.int32))
 
-    def put_on_host(self, runs: Sequence[jax.Array]) -> list[jax.Array]:
-        """Starts the copies of runs to pinned host memory."""
+    def put_on_host(
+        self, runs: Sequence[jax.Array], *, is_emulated: bool = False
+    ) -> list[jax.Array]:
+        """Starts the copies of runs to pinned host memory.
+
+        Args:
+            is_emulated: an emulated link takes the time of the copy. On CPU the runs
+                are in host memory already, so nothing is copied then.
+        """
+        if is_emulated and self.platform == "cpu":
+            return list(runs)
         return jax.device_put(list(runs), self.host_sharding)

@@ -194,7 +194,7 @@ class Saver:
         for slots, slab in zip(save.slots, save.slabs, strict=True):
             pages = self._pool.extract_group(group, slots)
             after = self._watchers["compute"].watch(pages)
-            slab.groups += self._pool.put_on_host([pages])
+            slab.groups += self._put_on_host([pages])
             done = self._watchers["device-to-host"].watch(slab.groups[-1])
             copy = self._links.device_to_host.carry(pages.nbytes, done, after)
             slab.copies.append(copy)
@@ -246,7 +246,7 @@ class Saver:
     def _admit(self, run: _Run, turn: str) -> None:
         after = self._watchers["compute"].watch(run.groups)
         try:
-            groups = self._pool.put_on_host(run.groups)
+            groups = self._put_on_host(run.groups)
         except Exception:  # out of memory, most likely
             self._counters["save_failures"] += 1
             return self._drop(run)
@@ -257,6 +257,10 @@ class Saver:
         slab.copies += [copy] * len(groups)
         self._place(run.entries, slab)
         self._fly(copy, run.num_bytes, turn, None, slab)
+
+    def _put_on_host(self, runs: list[jax.Array]) -> list[jax.Array]:
+        is_emulated = self._links.device_to_host.emulated is not None
+        return self._pool.put_on_host(runs, is_emulated=is_emulated)
 
     def _drop(self, run: _Run) -> None:
         """Gives up pages that were taken out of their slots."""
@@ -269,7 +273,7 @@ class Saver:
 
     def _write_through(self, run: _Run, turn: str) -> None:
         """Host memory holds no page at all: the pages pass through to disk."""
-        groups = self._pool.put_on_host(run.groups)
+        groups = self._put_on_host(run.groups)
         done = self._watchers["device-to-host"].watch(list(groups))
         copy = self._links.device_to_host.carry(run.num_bytes, done)
         self._fly(copy, run.num_bytes, turn, None, None)
