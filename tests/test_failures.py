@@ -57,8 +57,8 @@ def assert_sound(engine) -> None:
     engine.run_until_idle()
     engine.store.saver.drain()
     assert engine.store.saver.buffered_bytes == 0
-    assert sorted(engine._loop._free_seats) == [0, 1, 2]
-    assert not engine._loop._staging.jobs and engine._loop._prefilling is None
+    assert sorted(engine._loop._running.free_seats) == [0, 1, 2]
+    assert not engine._loop._staging.jobs and engine._loop._running.prefilling is None
     assert_nothing_leaked(engine)
     slabs = {
         id(entry.slab): entry.slab for entry in engine.store.index.in_tier(Tier.HOST)
@@ -92,14 +92,14 @@ STAGES = {
 
 
 def prefill_group(engine, turn):
-    job = engine._loop._prefilling
+    job = engine._loop._running.prefilling
     if job is None or job.turn is not turn or job.prefill is None:
         return None
     return job.prefill.group
 
 
 def decoding(engine):
-    return [job.turn for job in engine._loop._decoding]
+    return [job.turn for job in engine._loop._running.decoding]
 
 
 def turn_at(engine, stage):

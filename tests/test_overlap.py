@@ -138,7 +138,7 @@ def test_others_decode_while_a_prefill_waits_for_its_next_layer_group():
         assert not turn.reply
         link.let_go(1)
         engine.step()
-        job = engine._loop._prefilling
+        job = engine._loop._running.prefilling
         group = 4 if job is None or job.prefill is None else job.prefill.group
         assert group == arrived
     engine.run_until_idle()

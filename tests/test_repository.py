@@ -42,6 +42,7 @@ PURE = [
     "cachedattn_jax.engine.chunks",
     "cachedattn_jax.engine.cost_constants",
     "cachedattn_jax.engine.cost_model",
+    "cachedattn_jax.engine.decision",
     "cachedattn_jax.engine.pipeline",
     "cachedattn_jax.engine.prefill_cost",
     "cachedattn_jax.engine.request",

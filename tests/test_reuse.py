@@ -76,8 +76,11 @@ def test_the_run_directory_has_a_row_a_turn_and_a_report(ran):
     for row in rows:
         assert sum(row["tokens_from"].values()) == row["prompt_tokens"]
         assert 0 < row["prefill_s"] <= row["ttft_s"]
+        assert 0 <= row["exposed_stall_s"] and row["decision_reason"]
+        is_loaded = row["bytes_host_to_device"] > 0
+        assert is_loaded == (row["load_s"] > 0) == (row["overlap_ratio"] is not None)
     report = (path / "report.html").read_text()
-    assert report.count("<svg") == 2
+    assert report.count("<svg") == 3
     assert (path / "timeline.json.gz").stat().st_size > 0
 
 

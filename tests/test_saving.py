@@ -39,7 +39,7 @@ def test_a_long_prefill_leaves_layer_group_by_layer_group():
     turn = ask(engine, "a", random_tokens(np.random.default_rng(0), 80))
     engine.store.saver.drain()
     saves = [e for e in engine.timeline.events if e.name == "save"]
-    by_group = [e.details["group"] for e in saves if "group" in e.details]
+    by_group = [int(str(e.details["group"])) for e in saves if "group" in e.details]
     assert sorted(by_group) == [0, 1, 2, 3]
     assert {e.details["turn"] for e in saves} == {"a#0"}
     pages = -(-(len(turn.prompt) + 3) // 4)

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cachedattn_jax.engine.cost_model import CostModel, Decision
+from cachedattn_jax.engine.cost_model import CostModel
+from cachedattn_jax.engine.decision import Decision
 from cachedattn_jax.engine.pipeline import exposed_stall_s
 from cachedattn_jax.engine.plan import TurnPlan
 from cachedattn_jax.engine.prefill import PrefillRun
 from cachedattn_jax.engine.sampling import Sampled
 from cachedattn_jax.engine.turn import Turn
+from cachedattn_jax.store.groupwise_save import GroupwiseSave
 from cachedattn_jax.store.lease import Lease
 from cachedattn_jax.store.page import PageKey
-from cachedattn_jax.store.saver import GroupwiseSave
 from cachedattn_jax.timeline import Timeline, busy_s
 
 
@@ -63,6 +64,12 @@ class Job:
     def token_ids(self) -> np.ndarray:
         """int32, the prompt and the reply so far."""
         return np.concatenate([self.turn.prompt, np.asarray(self.turn.reply, np.int32)])
+
+    def abandon_save(self) -> None:
+        """Gives up pages that leave group by group and are not all dispatched."""
+        if self.save is not None:
+            self.save.abandon()
+            self.save = None
 
     def observe(self, cost_model: CostModel) -> None:
         """Lets the cost model learn from the prefill, whose events were noted."""

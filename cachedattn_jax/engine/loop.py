@@ -6,22 +6,21 @@ thread that calls `step` is the one that dispatches all JAX work.
 """
 
 import time
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 
 from cachedattn_jax.engine.cost_model import CostModel
 from cachedattn_jax.engine.decode import Decode, Row
+from cachedattn_jax.engine.ending import Ending
 from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.job import InFlight, Job
 from cachedattn_jax.engine.prefill import Prefill
+from cachedattn_jax.engine.running import Running
 from cachedattn_jax.engine.sampling import sampling_batch
 from cachedattn_jax.engine.scheduler import Scheduler
-from cachedattn_jax.engine.staging import BadTurn, Staging
-from cachedattn_jax.engine.turn import FinishReason, Turn
-from cachedattn_jax.store.catalog import SessionRecord
+from cachedattn_jax.engine.staging import Staging
+from cachedattn_jax.engine.turn import Turn
+from cachedattn_jax.store.groupwise_save import GroupwiseSave
 from cachedattn_jax.store.page import chain_keys
 from cachedattn_jax.store.placement import QueueView
 from cachedattn_jax.store.tiered_store import TieredStore
@@ -53,13 +52,10 @@ class Loop:
         self._prefill = prefill
         self._decode = decode
         self._staging = Staging(config, window, store, scheduler, cost_model)
-        self._free_seats = list(range(config.max_batch))
-        self._prefilling: Job | None = None
-        self._decoding: list[Job] = []
-        self._in_flight: deque[InFlight] = deque()
-        # The next turn, while it waits for slots that running turns hold: trying again
-        # before one of them ends would drain the device at every step for nothing.
-        self._blocked: Turn | None = None
+        self._running = Running(config.max_batch)
+        self._ending = Ending(
+            config, store, scheduler, self._staging, self._running, decode
+        )
 
     def step(self) -> None:
         """Advances every turn that can advance; the whole design in five calls."""
@@ -74,21 +70,21 @@ class Loop:
         for turn in self._scheduler.running + self._scheduler.waiting:
             turn.cancel()
         self._collect(leave=0)
-        self._end_cancelled()
+        self._ending.end_cancelled()
 
     # ---- the five verbs of a step ----
 
     def _look_ahead(self) -> None:
         """Looks after copies under way, and begins those of the next turns."""
-        self._end_cancelled()
+        self._ending.end_cancelled()
         self._store.poll(QueueView(waiting=self._scheduler.upcoming()))
-        with self._bad_turns_end():
+        with self._ending.bad_turns():
             self._staging.look_ahead()
 
     def _start_next(self) -> None:
         """Gives a seat to the next turn whose pages are there, or about to come."""
-        turn = self._scheduler.next()
-        if self._prefilling is not None or turn is None or turn is self._blocked:
+        turn, running = self._scheduler.next(), self._running
+        if turn is None or turn is running.blocked or running.prefilling is not None:
             return
         patience_s = 0.0
         if turn.times.started_s is None:
@@ -98,40 +94,40 @@ class Loop:
             turn.times.started_s = time.monotonic()
             patience_s = _PATIENCE_S
         job = None
-        with self._bad_turns_end():
+        with self._ending.bad_turns():
             job = self._staging.next(patience_s)
-            if job is None and not self._decoding:
+            if job is None and not self._running.decoding:
                 job = self._staging.wait(turn, None)
         if job is not None:
             self._start(job)
         elif self._staging.is_blocked(turn) and not turn.is_finished:
             turn.times.started_s = None
-            self._blocked = turn
+            self._running.blocked = turn
 
     def _prefill_groups(self) -> None:
         """Dispatches the layer groups of the prefill whose pages have arrived."""
-        job = self._prefilling
+        job = self._running.prefilling
         if job is None:
             return
-        with self._guard([job]):
+        with self._ending.guard([job]):
             assert job.prefill is not None
-            if self._store.forget_bad(job.lease):
-                self._abandon_save(job)
+            if self._store.leases.forget_bad(job.lease):
+                job.abandon_save()
                 self._staging.renew(job)
                 self._begin_prefill(job)
             # Until its pages come the others decode, and without others it waits.
-            until_s = job.started_s + _PATIENCE_S if self._decoding else None
-            is_gated = bool(self._decoding) or self._store.links.are_emulated
+            until_s = job.started_s + _PATIENCE_S if self._running.decoding else None
+            is_gated = bool(self._running.decoding) or self._store.links.are_emulated
             if job.prefill.advance(is_gated=is_gated, until_s=until_s):
                 self._sample_first(job)
 
     def _decode_batch(self) -> None:
         """Dispatches one step for every turn that still needs tokens."""
-        jobs = [job for job in self._decoding if job.needs_tokens]
+        jobs = [job for job in self._running.decoding if job.needs_tokens]
         if not jobs:
             return
         started = time.monotonic()
-        with self._guard(jobs):
+        with self._ending.guard(jobs):
             sampled = self._decode.run(
                 [
                     Row(
@@ -146,7 +142,7 @@ class Loop:
             )
             for job in jobs:
                 job.num_dispatched += 1
-            self._in_flight.append(
+            self._running.in_flight.append(
                 InFlight(jobs=jobs, sampled=sampled, name="decode", start_s=started)
             )
 
@@ -155,12 +151,12 @@ class Loop:
 
         One step stays in flight, so the device computes while the host looks at tokens.
         """
-        if not any(job.needs_tokens for job in self._decoding):
+        if not self._running.needs_tokens:
             leave = 0
-        while len(self._in_flight) > leave:
-            work = self._in_flight.popleft()
+        while len(self._running.in_flight) > leave:
+            work = self._running.in_flight.popleft()
             token_ids, margins, now = [], [], 0.0
-            with self._guard(work.jobs, is_device_lost=True):
+            with self._ending.guard(work.jobs, is_device_lost=True):
                 token_ids = np.asarray(work.sampled.token_ids).tolist()
                 margins = np.asarray(work.sampled.margins).tolist()
                 now = time.monotonic()
@@ -171,7 +167,7 @@ class Loop:
             rows = zip(work.jobs, token_ids, margins, strict=False)
             for job, token, margin in rows:
                 if not job.turn.is_finished:
-                    with self._guard([job]):
+                    with self._ending.guard([job]):
                         self._record(job, token, margin, now)
 
     # ---- parts of them ----
@@ -184,9 +180,8 @@ class Loop:
             turn.times.started_s = job.started_s
         self._scheduler.start(turn)
         del self._staging.jobs[turn]
-        job.seat = self._free_seats.pop()
-        self._prefilling = job
-        with self._guard([job]):
+        self._running.start(job)
+        with self._ending.guard([job]):
             self._begin_prefill(job)
 
     def _begin_prefill(self, job: Job) -> None:
@@ -199,7 +194,7 @@ class Loop:
             first, last = -(-lease.cached_tokens // step), len(turn.prompt) // step
             pages = range(first, last)
             slots = lease.slots[first:last].tolist()
-            job.save = store.saver.begin(pages, slots, job.name)
+            job.save = GroupwiseSave(store.saver, store.pool, pages, slots, job.name)
         job.prefill = self._prefill.begin(
             turn.prompt[lease.cached_tokens :],
             lease.cached_tokens,
@@ -213,21 +208,16 @@ class Loop:
 
     def _saves_meanwhile(self, job: Job) -> bool:
         is_reusing = self._config.reuse == "cached"
-        return is_reusing and self._store.saves_meanwhile(job.turn.turn_index)
+        return is_reusing and self._store.config.saves_meanwhile(job.turn.turn_index)
 
     def _save_group(self, job: Job, group: int) -> None:
         if job.save is None:
             return
         try:
-            self._store.saver.save_group(job.save, group)
+            job.save.save(group)
         except Exception:  # the turn does not need it
             self._store.counters["save_failures"] += 1
-            self._abandon_save(job)
-
-    def _abandon_save(self, job: Job) -> None:
-        if job.save is not None:
-            self._store.saver.abandon(job.save)
-            job.save = None
+            job.abandon_save()
 
     def _sample_first(self, job: Job) -> None:
         """The prefill is dispatched: its pages can be found, its first token comes."""
@@ -241,20 +231,19 @@ class Loop:
         job.num_dispatched = 1
         if self._config.reuse == "cached":
             self._publish(job, job.keys)
-        self._prefilling = None
-        self._decoding.append(job)
+        self._running.decode(job)
         start_s = time.monotonic()
-        self._in_flight.append(
+        self._running.in_flight.append(
             InFlight(jobs=[job], sampled=sampled, name="prefill", start_s=start_s)
         )
 
     def _publish(self, job: Job, keys: list[bytes]) -> None:
         store = self._store
-        store.publish(job.lease, keys, job.token_ids, job.num_published)
+        store.leases.publish(job.lease, keys, job.token_ids, job.num_published)
         job.keys, job.num_published = keys, len(keys)
         if job.save is not None:
-            store.saver.finish(job.save, job.lease.entries)
             job.turn.bytes_device_to_host += job.save.num_bytes
+            job.save.finish(job.lease.entries)
             job.save = None
         num_pages = store.save_soon(job.lease, job.turn.turn_index, job.name)
         job.turn.bytes_device_to_host += num_pages * store.layout.page_bytes
@@ -269,10 +258,10 @@ class Loop:
             job.note_prefill(self._timeline)
             job.observe(self._cost_model)
         if token in turn.request.stop_token_ids:
-            self._finish(job, "stop")
+            self._ending.finish(job, "stop")
         elif len(turn.reply) == job.plan.max_tokens:
             is_full = job.plan.max_tokens < turn.request.max_tokens
-            self._finish(job, "window" if is_full else "length")
+            self._ending.finish(job, "window" if is_full else "length")
         elif self._saves_meanwhile(job):
             # The token just sampled has no keys and values yet.
             num_cached = len(turn.prompt) + len(turn.reply) - 1
@@ -280,95 +269,3 @@ class Loop:
                 cached = job.token_ids[:-1]
                 layout, salt = self._store.layout, job.plan.salt
                 self._publish(job, chain_keys(layout, salt, cached, job.keys))
-
-    def _finish(self, job: Job, reason: FinishReason) -> None:
-        """Ends a turn that has a reply: its tokens and pages become the session's."""
-        turn = job.turn
-        keys, tail = job.plan.final_pages(self._store.layout, job.token_ids, job.keys)
-        record = SessionRecord(
-            session_id=turn.request.session_id,
-            tenant=turn.request.tenant,
-            token_ids=job.token_ids,
-            num_turns=turn.turn_index + 1,
-            used_at=time.time(),
-            page_keys=tuple(keys),
-        )
-        if self._config.reuse == "cached":
-            num_pages = self._store.commit(job.lease, keys, tail, record, job.name)
-            turn.bytes_device_to_host += num_pages * self._store.layout.page_bytes
-        else:
-            self._store.catalog.commit(record)
-        self._let_go(job)
-        self._end(turn, reason)
-
-    def _let_go(self, job: Job) -> None:
-        """Gives back the pages and the seat of a turn, whatever became of it."""
-        self._abandon_save(job)
-        self._store.release(job.lease)
-        self._blocked = None
-        if job.seat is not None:
-            self._free_seats.append(job.seat)
-            job.seat = None
-        if job is self._prefilling:
-            self._prefilling = None
-        if job in self._decoding:
-            self._decoding.remove(job)
-
-    def _end(
-        self, turn: Turn, reason: FinishReason, error: Exception | None = None
-    ) -> None:
-        turn.times.finished_s = time.monotonic()
-        turn.error = error
-        turn.finish_reason = reason
-        self._scheduler.finish(turn)
-
-    def _end_cancelled(self) -> None:
-        for turn in [t for t in self._scheduler.waiting if t.is_cancel_requested]:
-            self._staging.drop(turn)
-            self._end(turn, "cancelled")
-        running = [*self._decoding, *filter(None, [self._prefilling])]
-        for job in [job for job in running if job.turn.is_cancel_requested]:
-            with self._guard([job]):
-                if job.turn.reply:
-                    self._finish(job, "cancelled")
-                elif job is self._prefilling:
-                    self._let_go(job)
-                    self._end(job.turn, "cancelled")
-
-    @contextmanager
-    def _bad_turns_end(self) -> Iterator[None]:
-        """Ends a waiting turn that cannot be served; the others stay as they are."""
-        try:
-            yield
-        except BadTurn as bad:
-            self._staging.drop(bad.turn)
-            self._end(bad.turn, "error", bad.error)
-
-    @contextmanager
-    def _guard(
-        self, jobs: list[Job], *, is_device_lost: bool = False
-    ) -> Iterator[None]:
-        """Ends the turns of a program that failed, and only those.
-
-        A donating call that raises may take a pool with it; then every running turn
-        ends and the pages that were on the device count as lost.
-
-        Args:
-            is_device_lost: whether it is known to have, since results are errors.
-        """
-        try:
-            yield
-        except Exception as error:
-            is_device_lost = is_device_lost or self._store.pool.is_lost
-            if is_device_lost:
-                rest = [*self._decoding, *filter(None, [self._prefilling])]
-                jobs = jobs + [job for job in rest if job not in jobs]
-                self._in_flight.clear()
-            for job in [job for job in jobs if not job.turn.is_finished]:
-                self._let_go(job)
-                self._end(job.turn, "error", error)
-            if is_device_lost:
-                for turn in list(self._staging.jobs):
-                    self._staging.drop(turn)
-                self._store.forget_device()
-                self._decode.reset()

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cachedattn_jax.engine.cost_model import CostModel, Decision
+from cachedattn_jax.engine.cost_model import CostModel
+from cachedattn_jax.engine.decision import Decision
 from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.job import Job
 from cachedattn_jax.engine.plan import TurnPlan, plan_turn
@@ -141,7 +142,7 @@ class Staging:
 
     def renew(self, job: Job) -> None:
         """Leases anew after some of a job's pages turned out bad."""
-        self._store.release(job.lease)
+        self._store.leases.release(job.lease)
         prospect = self._prospect(job.turn)
         lease = self._acquire(job.turn, prospect)
         assert lease is not None  # it takes the slots just given back
@@ -151,12 +152,12 @@ class Staging:
         """Gives back what a turn that will not start holds; it may be leased again."""
         job = self.jobs.pop(turn, None)
         if job is not None:
-            self._store.release(job.lease)
+            self._store.leases.release(job.lease)
         self._looked_at.discard(turn)
 
     def _forget_bad(self, job: Job) -> bool:
         """Whether pages turned out bad, and the job goes on without them."""
-        if not self._store.forget_bad(job.lease):
+        if not self._store.leases.forget_bad(job.lease):
             return False
         self.renew(job)
         return True
@@ -168,7 +169,7 @@ class Staging:
         plan = plan_turn(store.layout, self._window, request, record)
         found: list[PageEntry] = []
         if self._config.reuse == "cached":
-            found = store.find(turn.session, plan.reusable_keys, plan.tail)
+            found = store.leases.find(turn.session, plan.reusable_keys, plan.tail)
         decision = self._decide(plan, found)
         return _Prospect(
             plan=plan, found=found[: decision.num_pages], decision=decision
@@ -192,7 +193,9 @@ class Staging:
     def _acquire(self, turn: Turn, prospect: _Prospect):
         plan = prospect.plan
         num_pages = self._store.layout.num_pages(len(plan.prompt) + plan.max_tokens)
-        return self._store.acquire(turn.session, prospect.found, plan.tail, num_pages)
+        return self._store.leases.acquire(
+            turn.session, prospect.found, plan.tail, num_pages
+        )
 
     def _lease(self, turn: Turn, prospect: _Prospect) -> Job | None:
         assert turn not in self.jobs

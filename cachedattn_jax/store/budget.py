@@ -86,6 +86,20 @@ class StoreConfig:
     def num_write_buffer_bytes(self) -> int:
         return int(self.write_buffer_bytes)
 
+    def saves_meanwhile(self, num_turns: int) -> bool:
+        """Whether a session's new pages leave the device while its turn runs."""
+        return not self.is_saving_synchronous and self.saves_early(num_turns)
+
+    def saves_early(self, num_turns: int) -> bool:
+        """Whether the write policy copies a session's pages out before they must go."""
+        match self.write_policy:
+            case "write_through":
+                return True
+            case "write_through_selective":
+                return num_turns > 0
+            case _:
+                return False
+
     @property
     def device_only(self) -> "StoreConfig":
         """The same without the lower tiers."""

@@ -4,7 +4,9 @@ Knows arrays and slots. Does not know which page a slot holds.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ from pallas_kernels.page_copy import extract_pages, install_pages
 # Pages travel in runs of these sizes, largest first, without padding: a fixed page
 # count per program, and each program is compiled once.
 RUN_PAGES = (16, 4, 1)
+
+Item = TypeVar("Item")
 
 _extract_group = jax.jit(extract_pages)
 
@@ -31,13 +35,14 @@ def _extract(pools, slots):
     return [extract_pages(pool, slots) for pool in pools]
 
 
-def split_runs(num_pages: int) -> list[int]:
-    """Sizes of the runs that together move `num_pages` pages."""
-    sizes = []
+def split_runs(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """The runs in which so many pages, slots or the like travel."""
+    left = iter(items)
+    num_left = len(items)
     for size in RUN_PAGES:
-        count, num_pages = divmod(num_pages, size)
-        sizes += [size] * count
-    return sizes
+        for _ in range(num_left // size):
+            yield list(islice(left, size))
+        num_left %= size
 
 
 def storage_dtype(layout: Layout, platform: str) -> jnp.dtype:

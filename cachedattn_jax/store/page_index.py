@@ -12,6 +12,9 @@ from cachedattn_jax.store.host_tier import Slab
 from cachedattn_jax.store.page import PageKey
 from cachedattn_jax.store.placement import Policy, Tier
 
+# Owner of pages found on disk at start-up until a session uses them: first to go.
+UNCLAIMED = ""
+
 
 @dataclass(eq=False, kw_only=True)
 class PageEntry:

@@ -7,13 +7,12 @@ stays in the buffer, so that the next one does not wait.
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import jax
 
-from cachedattn_jax.store.device_pool import RUN_PAGES, DevicePool, split_runs
+from cachedattn_jax.store.device_pool import DevicePool, split_runs
 from cachedattn_jax.store.evictor import Evictor
 from cachedattn_jax.store.host_tier import HostTier, Slab
 from cachedattn_jax.store.link import Copy, Links
@@ -34,7 +33,7 @@ class _Flight:
     num_bytes: int
     turn: str
     group: int | None
-    slab: Slab | None
+    slab: Slab
 
 
 @dataclass(eq=False, kw_only=True)
@@ -44,24 +43,6 @@ class _Run:
     entries: list[PageEntry]
     groups: list[jax.Array]
     num_bytes: int
-
-
-@dataclass(eq=False, kw_only=True)
-class GroupwiseSave:
-    """Pages of one prefill that leave the device group by group while it computes.
-
-    Attributes:
-        indices: which pages of the turn, in runs that share a slab.
-    """
-
-    indices: list[range]
-    slots: list[list[int]]
-    slabs: list[Slab]
-    turn: str
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(slab.num_bytes for slab in self.slabs)
 
 
 class Saver:
@@ -99,8 +80,6 @@ class Saver:
         self._flights: deque[_Flight] = deque()
         self._waiting: deque[_Run] = deque()
 
-    # ---- pages that are to be saved when there is room ----
-
     def ask(self, entries: Iterable[PageEntry], turn: str) -> int:
         """Puts pages of a turn in the queue of those to be saved; how many are new."""
         queue = self._queue.setdefault(turn, {})
@@ -132,11 +111,9 @@ class Saver:
             for entry in self._queue.pop(turn, {}).values()
             if entry.slot is not None and not entry.is_saved
         ]
-        for run in _runs(wanted):
-            num_bytes = len(run) * self._pool.layout.page_bytes
-            is_full = self.buffered_bytes + num_bytes > self.capacity_bytes
-            is_full = is_full and self.buffered_bytes > 0
-            if is_full or not self._save(run, turn, may_wait=False):
+        for run in split_runs(wanted):
+            fits = self._fits(len(run) * self._pool.layout.page_bytes)
+            if not fits or not self._save(run, turn, may_wait=False):
                 self.ask(wanted, turn)
                 return False
         return True
@@ -148,7 +125,7 @@ class Saver:
         is not saved.
         """
         wanted = [e for e in entries if e.slot is not None and not e.is_saved]
-        for run in _runs(wanted):
+        for run in split_runs(wanted):
             self._make_buffer_room(len(run) * self._pool.layout.page_bytes)
             self._save(run, turn, may_wait=True)
 
@@ -161,60 +138,66 @@ class Saver:
             self._free_oldest()
         self._counters["save_wait_us"] += int(1e6 * (time.monotonic() - started_s))
 
-    # ---- pages that leave while their prefill computes ----
+    def reserve(self, num_rows: int) -> Slab | None:
+        """Room in the buffer and in host memory for a run; None if there is none now.
 
-    def begin(
-        self, indices: Sequence[int], slots: Sequence[int], turn: str
-    ) -> GroupwiseSave | None:
-        """Makes room for pages of a prefill that will leave group by group.
-
-        Only whole runs of the largest size: for fewer pages the many small programs
-        would cost the prefill more than saving them later costs the decode.
-
-        Returns:
-            None when nothing is to leave or there is no room now.
+        Its pages are copied with `send` and become known with `place`.
         """
-        largest = max(RUN_PAGES)
-        page_bytes = self._pool.layout.page_bytes
-        num_bytes = largest * page_bytes
-        save = GroupwiseSave(indices=[], slots=[], slabs=[], turn=turn)
-        for start in range(0, len(indices) - largest + 1, largest):
-            is_full = self.buffered_bytes + num_bytes > self.capacity_bytes
-            if is_full or not self._evictor.make_host_room(num_bytes, may_wait=False):
-                break
-            run = slice(start, start + largest)
-            save.indices.append(range(indices[run.start], indices[run.stop - 1] + 1))
-            save.slots.append(list(slots[run]))
-            save.slabs.append(self._host.reserve(largest, num_bytes))
-            self.buffered_bytes += num_bytes
-        return save if save.slabs else None
+        num_bytes = num_rows * self._pool.layout.page_bytes
+        if not self._fits(num_bytes):
+            return None
+        if not self._evictor.make_host_room(num_bytes, may_wait=False):
+            return None
+        self.buffered_bytes += num_bytes
+        return self._host.reserve(num_rows, num_bytes)
 
-    def save_group(self, save: GroupwiseSave, group: int) -> None:
-        """Copies out a layer group whose last program was dispatched."""
-        for slots, slab in zip(save.slots, save.slabs, strict=True):
-            pages = self._pool.extract_group(group, slots)
-            after = self._watchers["compute"].watch(pages)
-            slab.groups += self._put_on_host([pages])
-            done = self._watchers["device-to-host"].watch(slab.groups[-1])
-            copy = self._links.device_to_host.carry(pages.nbytes, done, after)
-            slab.copies.append(copy)
-            self._fly(copy, pages.nbytes, save.turn, group, slab)
+    def cancel(self, slab: Slab) -> None:
+        """Gives back a reserved slab that will not be complete."""
+        missing = self._pool.layout.num_groups - len(slab.groups)
+        run_bytes = self._pool.layout.group_bytes * slab.num_rows
+        self.buffered_bytes -= missing * run_bytes
+        for _ in range(slab.num_rows):
+            self._host.release_row(slab)
 
-    def finish(self, save: GroupwiseSave, entries: Sequence[PageEntry | None]) -> None:
-        """The prefill is dispatched: the pages can be found in host memory, too."""
-        for indices, slab in zip(save.indices, save.slabs, strict=True):
-            self._place([entries[index] for index in indices], slab)
+    def send(
+        self, slab: Slab, runs: list[jax.Array], turn: str, group: int | None = None
+    ) -> None:
+        """Starts the copy of the next layer groups of a slab to host memory.
 
-    def abandon(self, save: GroupwiseSave) -> None:
-        """The prefill will not end; what was saved of it is worth nothing."""
-        layout = self._pool.layout
-        for slab in save.slabs:
-            missing = layout.num_groups - len(slab.groups)
-            self.buffered_bytes -= missing * layout.group_bytes * slab.num_rows
-            for _ in range(slab.num_rows):
+        Args:
+            runs: extracted pages, an array a group.
+            turn, group: how events note it; `group` where it is one.
+        """
+        is_emulated = self._links.device_to_host.emulated is not None
+        on_host = self._pool.put_on_host(runs, is_emulated=is_emulated)
+        after = self._watchers["compute"].watch(runs)
+        done = self._watchers["device-to-host"].watch(on_host)
+        num_bytes = sum(run.nbytes for run in runs)
+        copy = self._links.device_to_host.carry(num_bytes, done, after)
+        slab.groups += on_host
+        slab.copies += [copy] * len(on_host)
+        self._counters["bytes_device_to_host"] += num_bytes
+        self._flights.append(
+            _Flight(copy=copy, num_bytes=num_bytes, turn=turn, group=group, slab=slab)
+        )
+
+    def place(self, entries: Sequence[PageEntry | None], slab: Slab) -> None:
+        """Makes the rows of a slab known as pages; those not wanted are given back."""
+        for row, entry in enumerate(entries):
+            if entry is not None:
+                entry.is_saving = False
+            is_known = entry is not None and self._index.find(entry.key) is entry
+            is_wanted = is_known and entry is not None and entry.slab is None
+            if entry is None or not is_wanted or slab.is_broken:
                 self._host.release_row(slab)
+                continue
+            entry.slab, entry.row = slab, row
+            self._index.place(entry, Tier.HOST, time.monotonic())
 
-    # ---- parts of them ----
+    def _fits(self, num_bytes: int) -> bool:
+        """Whether the buffer takes so many bytes; an empty one takes any."""
+        is_empty = self.buffered_bytes == 0
+        return is_empty or self.buffered_bytes + num_bytes <= self.capacity_bytes
 
     def _save(self, entries: list[PageEntry], turn: str, *, may_wait: bool) -> bool:
         """Whether the pages were taken out of the pool."""
@@ -240,27 +223,19 @@ class Saver:
                 entry.is_saving = True
             self._waiting.append(run)
         else:
-            self._write_through(run, turn)
+            self._pass_through(run, turn)
         return True
 
     def _admit(self, run: _Run, turn: str) -> None:
-        after = self._watchers["compute"].watch(run.groups)
+        slab = self._host.reserve(len(run.entries), run.num_bytes)
         try:
-            groups = self._put_on_host(run.groups)
+            self.send(slab, run.groups, turn)
         except Exception:  # out of memory, most likely
             self._counters["save_failures"] += 1
+            for _ in run.entries:
+                self._host.release_row(slab)
             return self._drop(run)
-        slab = self._host.reserve(len(run.entries), run.num_bytes)
-        slab.groups += groups
-        done = self._watchers["device-to-host"].watch(groups)
-        copy = self._links.device_to_host.carry(run.num_bytes, done, after)
-        slab.copies += [copy] * len(groups)
-        self._place(run.entries, slab)
-        self._fly(copy, run.num_bytes, turn, None, slab)
-
-    def _put_on_host(self, runs: list[jax.Array]) -> list[jax.Array]:
-        is_emulated = self._links.device_to_host.emulated is not None
-        return self._pool.put_on_host(runs, is_emulated=is_emulated)
+        self.place(run.entries, slab)
 
     def _drop(self, run: _Run) -> None:
         """Gives up pages that were taken out of their slots."""
@@ -271,41 +246,14 @@ class Saver:
             if entry.is_lost:
                 self._index.remove(entry)
 
-    def _write_through(self, run: _Run, turn: str) -> None:
-        """Host memory holds no page at all: the pages pass through to disk."""
-        groups = self._put_on_host(run.groups)
-        done = self._watchers["device-to-host"].watch(list(groups))
-        copy = self._links.device_to_host.carry(run.num_bytes, done)
-        self._fly(copy, run.num_bytes, turn, None, None)
+    def _pass_through(self, run: _Run, turn: str) -> None:
+        """Host memory keeps no page at all: these pass through it to disk."""
+        slab = Slab(num_rows=0, num_bytes=0, rows_left=0)
+        self.send(slab, run.groups, turn)
         for row, entry in enumerate(run.entries):
-            if not self._evictor.write(entry, groups, row):
+            if not self._evictor.write(entry, slab.groups, row):
                 self._counters["pages_not_saved"] += 1
         self._evictor.limit_writes()
-
-    def _place(self, entries: Sequence[PageEntry | None], slab: Slab) -> None:
-        for row, entry in enumerate(entries):
-            if entry is not None:
-                entry.is_saving = False
-            is_known = entry is not None and self._index.find(entry.key) is entry
-            is_wanted = is_known and entry is not None and entry.slab is None
-            if entry is None or not is_wanted or slab.is_broken:
-                self._host.release_row(slab)
-                continue
-            entry.slab, entry.row = slab, row
-            self._index.place(entry, Tier.HOST, time.monotonic())
-
-    def _fly(
-        self,
-        copy: Copy,
-        num_bytes: int,
-        turn: str,
-        group: int | None,
-        slab: Slab | None,
-    ) -> None:
-        self._counters["bytes_device_to_host"] += num_bytes
-        self._flights.append(
-            _Flight(copy=copy, num_bytes=num_bytes, turn=turn, group=group, slab=slab)
-        )
 
     def _settle(self) -> None:
         while self._flights and self._flights[0].copy.has_ended:
@@ -315,11 +263,10 @@ class Saver:
         self.buffered_bytes -= flight.num_bytes
         if flight.copy.has_failed:
             self._counters["save_failures"] += 1
-            if flight.slab is not None:
-                flight.slab.is_broken = True
-                for entry in list(self._index.in_tier(Tier.HOST)):
-                    if entry.slab is flight.slab:
-                        self._evictor.leave_host(entry)
+            flight.slab.is_broken = True
+            for entry in list(self._index.in_tier(Tier.HOST)):
+                if entry.slab is flight.slab:
+                    self._evictor.leave_host(entry)
             return
         start_s, end_s = flight.copy.span
         details: dict[str, object] = {"bytes": flight.num_bytes}
@@ -339,9 +286,7 @@ class Saver:
         started_s = time.monotonic()
         self._settle()
         self._admit_waiting()
-        while self.buffered_bytes and (
-            self.buffered_bytes + num_bytes > self.capacity_bytes
-        ):
+        while not self._fits(num_bytes):
             self._free_oldest()
         waited_us = 1e6 * (time.monotonic() - started_s)
         self._counters["save_wait_us"] += int(waited_us)
@@ -357,9 +302,3 @@ class Saver:
             self._admit(run, "")
         else:
             self._drop(run)
-
-
-def _runs(pages: Sequence[PageEntry]) -> Iterator[list[PageEntry]]:
-    pages_left = iter(pages)
-    for size in split_runs(len(pages)):
-        yield list(islice(pages_left, size))

@@ -1,0 +1,58 @@
+"""The turns that run: their seats, and the programs whose tokens are on their way.
+
+Knows who is where. Does not know what a turn does next.
+"""
+
+from collections import deque
+
+from cachedattn_jax.engine.job import InFlight, Job
+from cachedattn_jax.engine.turn import Turn
+
+
+class Running:
+    """At most `max_batch` jobs, one of which may be in its prefill.
+
+    Attributes:
+        prefilling: the job whose prefill is not wholly dispatched, if there is one.
+        decoding: jobs whose prefill is dispatched.
+        in_flight: dispatched programs whose tokens were not read, oldest first.
+        blocked: the next turn, while it waits for slots that running turns hold: trying
+            again before one of them ends would drain the device for nothing.
+    """
+
+    def __init__(self, max_batch: int) -> None:
+        self.prefilling: Job | None = None
+        self.decoding: list[Job] = []
+        self.in_flight: deque[InFlight] = deque()
+        self.blocked: Turn | None = None
+        self.free_seats = list(range(max_batch))
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [*self.decoding, *filter(None, [self.prefilling])]
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether another decode step will follow."""
+        return any(job.needs_tokens for job in self.decoding)
+
+    def start(self, job: Job) -> None:
+        """Gives a job a seat; its prefill is next."""
+        job.seat = self.free_seats.pop()
+        self.prefilling = job
+
+    def decode(self, job: Job) -> None:
+        """Notes that a job's prefill is dispatched."""
+        self.prefilling = None
+        self.decoding.append(job)
+
+    def leave(self, job: Job) -> None:
+        """Takes a job out, wherever it is; what it holds may let the next one start."""
+        self.blocked = None
+        if job.seat is not None:
+            self.free_seats.append(job.seat)
+            job.seat = None
+        if job is self.prefilling:
+            self.prefilling = None
+        if job in self.decoding:
+            self.decoding.remove(job)

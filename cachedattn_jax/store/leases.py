@@ -1,0 +1,242 @@
+"""What turns hold: finds stored pages, leases them with slots, publishes new ones.
+
+Knows pages, slots and holds. Does not know when pages are saved or evicted, or what is
+in them.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from cachedattn_jax.store.device_pool import DevicePool, split_runs
+from cachedattn_jax.store.disk_tier import DiskTier
+from cachedattn_jax.store.evictor import Evictor
+from cachedattn_jax.store.inbound import Inbound, Load
+from cachedattn_jax.store.lease import Lease
+from cachedattn_jax.store.link import Links
+from cachedattn_jax.store.page import PageKey, Tail
+from cachedattn_jax.store.page_index import UNCLAIMED, PageEntry, PageIndex
+from cachedattn_jax.store.placement import Tier
+from cachedattn_jax.store.saver import Saver
+from cachedattn_jax.store.watcher import Watcher
+
+
+class Leases:
+    """Leases of the pages of one store.
+
+    Attributes:
+        tails: by session, the partly filled last page of its last finished turn.
+    """
+
+    def __init__(
+        self,
+        index: PageIndex,
+        pool: DevicePool,
+        disk: DiskTier | None,
+        evictor: Evictor,
+        saver: Saver,
+        links: Links,
+        watcher: Watcher,
+        counters: Counter[str],
+    ) -> None:
+        self.tails: dict[str, PageEntry] = {}
+        self._index = index
+        self._pool = pool
+        self._disk = disk
+        self._evictor = evictor
+        self._saver = saver
+        self._links = links
+        self._watcher = watcher
+        self._counters = counters
+
+    def find(
+        self, session: str, keys: Sequence[PageKey], tail: Tail | None
+    ) -> list[PageEntry]:
+        """The longest stored beginning of a prompt.
+
+        Args:
+            keys: the full pages of the prompt that may be reused, in order.
+            tail: the session's last page, used if exactly the pages before it are
+                found.
+        """
+        found = []
+        for key in keys:
+            entry = self._index.find(key)
+            if entry is None or not entry.tiers:
+                break
+            found.append(entry)
+        if tail is None or tail.index != len(found):
+            return found
+        entry = self._index.find(tail.key)
+        # A tail is written to in place, so it is never shared.
+        if entry is not None and entry.tiers and not entry.holds:
+            if entry.session in (session, UNCLAIMED):
+                self.tails[session] = entry
+                found.append(entry)
+        return found
+
+    def acquire(
+        self,
+        session: str,
+        found: Sequence[PageEntry],
+        tail: Tail | None,
+        num_pages: int,
+    ) -> Lease | None:
+        """Holds pages that were just found, and slots for the rest of a turn.
+
+        Args:
+            found: what `find` gave, or its beginning.
+            tail: the same as there.
+            num_pages: pages the turn may grow to.
+
+        Returns:
+            None when the slots it needs are held by running turns.
+        """
+        for entry in found:
+            entry.holds += 1
+        num_new = num_pages - sum(entry.slot is not None for entry in found)
+        if not self._free_slots(num_new):
+            for entry in found:
+                entry.holds -= 1
+            return None
+        new_slots = iter(self._pool.take(num_new))
+        entries = [*found, *[None] * (num_pages - len(found))]
+        slots = [
+            next(new_slots) if entry is None or entry.slot is None else entry.slot
+            for entry in entries
+        ]
+        tokens_from = dict.fromkeys(Tier, 0)
+        for entry in found:
+            tokens = self._pool.layout.page_tokens
+            if tail is not None and entry.key == tail.key:
+                tokens = len(tail.token_ids)
+            tokens_from[entry.tiers[0]] += tokens
+        now = time.monotonic()
+        lease = Lease(
+            session=session,
+            slots=np.asarray(slots, np.int32),
+            entries=entries,
+            cached_tokens=sum(tokens_from.values()),
+            tokens_from=tokens_from,
+            inbound=Inbound(
+                self._loads(found, slots),
+                self._pool,
+                self._links.host_to_device,
+                self._watcher,
+            ),
+        )
+        for entry in found:
+            self._index.touch(entry, session, now)
+        return lease
+
+    def forget_bad(self, lease: Lease) -> bool:
+        """Forgets pages that turned out bad on arrival; whether there were any.
+
+        Such a lease is to be released, and what is left of its pages acquired anew.
+        """
+        inbound = lease.inbound
+        if not inbound.has_failed:
+            return False
+        bad = inbound.bad()
+        if not bad:  # it was a copy: what it carried is computed again
+            lost = [e for e in lease.entries if e is not None and e.slot is None]
+            bad = {"copy_failed": lost}
+        for reason, entries in bad.items():
+            self._counters[f"miss_{reason}"] += len(entries)
+            for entry in entries:
+                if reason == "copy_failed":
+                    self._evictor.leave_host(entry)
+                self._evictor.leave_disk(entry)
+        return True
+
+    def publish(
+        self,
+        lease: Lease,
+        keys: Sequence[PageKey],
+        token_ids: np.ndarray,
+        first: int = 0,
+    ) -> None:
+        """Makes the first `len(keys)` pages of a turn findable by other turns.
+
+        Only after the programs that fill them were dispatched: later ones read them.
+
+        Args:
+            first: pages before this one were published already.
+        """
+        step = self._pool.layout.page_tokens
+        for index in range(first, len(keys)):
+            page = token_ids[index * step : (index + 1) * step]
+            self.publish_page(lease, index, keys[index], page)
+
+    def release(self, lease: Lease) -> None:
+        """Ends the hold on pages and slots, whatever became of the turn."""
+        for slot, entry in zip(lease.slots.tolist(), lease.entries, strict=True):
+            if entry is not None:
+                entry.holds -= 1
+            if entry is None or entry.slot != slot:
+                self._pool.give_back(slot)
+        lease.entries = []
+        lease.slots = lease.slots[:0]
+
+    def _free_slots(self, num_slots: int) -> bool:
+        """Whether so many slots are free now; evicts nothing if that is not enough."""
+        victims = self._evictor.slot_victims(num_slots)
+        if victims is None:
+            return False
+        self._saver.save_now(victims)
+        self._evictor.free_slots(victims)
+        return True
+
+    def _loads(self, found: Sequence[PageEntry], slots: list[int]) -> list[Load]:
+        loads: dict[int, Load] = {}
+        from_disk = []
+        for slot, entry in zip(slots, found, strict=False):
+            if entry.slot is not None:
+                continue
+            if entry.slab is None:
+                from_disk.append((slot, entry))
+                continue
+            load = loads.get(id(entry.slab))
+            if load is None:
+                unused = np.full(entry.slab.num_rows, self._pool.num_slots, np.int32)
+                load = Load(slots=unused, source=entry.slab)
+                loads[id(entry.slab)] = load
+            load.slots[entry.row] = slot
+        return [*loads.values(), *self._disk_loads(from_disk)]
+
+    def _disk_loads(self, pages: list[tuple[int, PageEntry]]) -> Iterator[Load]:
+        for run in split_runs(pages):
+            assert self._disk is not None
+            entries = [entry for _, entry in run]
+            yield Load(
+                slots=np.asarray([slot for slot, _ in run], np.int32),
+                source=self._disk.read([entry.key for entry in entries]),
+                entries=entries,
+            )
+            self._counters["pages_read"] += len(run)
+
+    def publish_page(
+        self, lease: Lease, index: int, key: PageKey, token_ids: np.ndarray
+    ) -> None:
+        """Makes one page of a turn, full or a tail, findable by other turns."""
+        slot, entry = int(lease.slots[index]), lease.entries[index]
+        if entry is not None and entry.key != key:  # a tail that has grown
+            if entry.slot is not None:
+                self._evictor.leave_device(entry)
+            entry.holds -= 1
+            lease.entries[index] = entry = None
+        if entry is None:
+            entry = self._index.find(key)
+            if entry is not None and entry.slot is not None:
+                return  # another turn computed the same page first
+            if entry is None:
+                entry = self._index.add(key, lease.session, token_ids.copy())
+            entry.holds += 1
+            lease.entries[index] = entry
+        if entry.token_ids is None:
+            entry.token_ids = token_ids.copy()
+        if entry.slot is None:
+            entry.slot = slot
+            self._index.place(entry, Tier.DEVICE, time.monotonic())
