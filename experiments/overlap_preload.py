@@ -140,7 +140,9 @@ def run(
     """
     config = preset(model, dtype=dtype)
     modes = [NO_PRELOAD, *[f"d = {depth}" for depth in depths], AUTO]
-    bench = _Bench(config, init_params(config, seed), engine, modes, history, new, seed)
+    bench = _Bench(
+        config, init_params(config, seed), engine, modes, history, new, store, seed
+    )
     try:
         rows, figures = _measure(bench, modes, ratios, repeats)
         served = bench.engines[AUTO]
@@ -252,7 +254,7 @@ def _claims(rows: Sequence[dict]) -> list[Claim]:
         preloaded = [row for row in of_ratio if row["mode"] != NO_PRELOAD]
         claims.append(
             Claim(
-                name=f"load {ratio:.3g}x compute: time over the pipeline bound, worst d",
+                name=f"load {ratio:.3g}x compute: time over pipeline bound, worst d",
                 value=max(row["over_bound"] for row in preloaded),
                 target=1.10,
                 comparison="<=",
