@@ -75,8 +75,14 @@ def test_install_updates_the_pool_in_place(engine):
     shape = pool_shapes(engine)[0]
     for size in device_pool.RUN_PAGES:
         run = jax.ShapeDtypeStruct((size, *shape.shape[1:]), shape.dtype)
-        lowered = device_pool._install.lower(shape, run, np.zeros(size, np.int32))
+        slots = np.zeros(size, np.int32)
+        lowered = device_pool._install.lower(shape, run, slots)
         assert temporaries(lowered) < one_pool(engine) / 4
+    together = device_pool.TOGETHER
+    lowered = device_pool._install_together.lower(
+        shape, [run] * together, [slots] * together
+    )
+    assert temporaries(lowered) < one_pool(engine) / 4
 
 
 def test_nothing_compiles_after_the_warm_up(tmp_path):

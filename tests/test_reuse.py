@@ -114,8 +114,8 @@ def test_a_run_whose_tokens_differ_fails(tmp_path, monkeypatch):
 
     install = DevicePool.install
 
-    def wrong(self, group, pages, slots):
-        return install(self, group, pages * 1.5, slots)
+    def wrong(self, group, runs):
+        return install(self, group, [(pages * 1.5, slots) for pages, slots in runs])
 
     monkeypatch.setattr(DevicePool, "install", wrong)
     with pytest.raises(InvariantBroken, match="differs between the modes"):

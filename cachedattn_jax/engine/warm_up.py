@@ -8,7 +8,7 @@ import numpy as np
 from cachedattn_jax.engine.decode import Decode
 from cachedattn_jax.engine.prefill import Prefill
 from cachedattn_jax.engine.sampling import sampling_batch
-from cachedattn_jax.store.device_pool import RUN_PAGES, DevicePool
+from cachedattn_jax.store.device_pool import RUN_PAGES, TOGETHER, DevicePool
 
 
 def warm_up(
@@ -53,4 +53,6 @@ def _copy(pool: DevicePool, size: int) -> None:
     on_host = pool.put_on_host(pool.extract(nowhere.tolist()))
     for group, pages in enumerate(on_host):
         pool.put_on_host([pool.extract_group(group, nowhere.tolist())])
-        pool.install(group, pool.put([pages])[0], nowhere)
+        (arrived,) = pool.put([pages])
+        pool.install(group, [(arrived, nowhere)])
+        pool.install(group, [(arrived, nowhere)] * TOGETHER)

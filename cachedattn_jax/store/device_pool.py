@@ -18,6 +18,9 @@ from pallas_kernels.page_copy import extract_pages, install_pages
 # Pages travel in runs of these sizes, largest first, without padding: a fixed page
 # count per program, and each program is compiled once.
 RUN_PAGES = (16, 4, 1)
+# Long runs are installed so many at a time: with 6 of them for each of 32 layers, a
+# program for each took longer to dispatch than the layer to compute on an H200.
+TOGETHER = 8
 
 Item = TypeVar("Item")
 
@@ -28,6 +31,13 @@ _extract_group = jax.jit(extract_pages)
 def _install(pool, pages, slots):
     # The pool is donated to the next program, so something else tells the end of this.
     return install_pages(pool, pages, slots), slots[:1]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _install_together(pool, runs, slots):
+    for pages, run in zip(runs, slots, strict=True):
+        pool = install_pages(pool, pages, run)
+    return pool, slots[0][:1]
 
 
 @jax.jit
@@ -105,14 +115,35 @@ class DevicePool:
         """Starts the copies of runs of one layer group to the device."""
         return jax.device_put(list(runs), self.device_sharding)
 
-    def install(self, group: int, pages: jax.Array, slots: np.ndarray) -> jax.Array:
-        """Writes a run that was `put`; slots equal to `num_slots` are left out.
+    def install(
+        self, group: int, runs: Sequence[tuple[jax.Array, np.ndarray]]
+    ) -> list[jax.Array]:
+        """Writes runs that were `put`, each with the slots of its pages.
+
+        Slots equal to `num_slots` are left out.
 
         Returns:
-            An array that is ready when the pages are in the pool.
+            Arrays that are ready when the pages are in the pool.
         """
-        self.arrays[group], is_done = _install(self.arrays[group], pages, slots)
-        return is_done
+        long = [run for run in runs if len(run[1]) == max(RUN_PAGES)]
+        short = [run for run in runs if len(run[1]) != max(RUN_PAGES)]
+        ends = []
+        for start in range(0, len(long), TOGETHER):
+            batch = long[start : start + TOGETHER]
+            if len(batch) == 1:
+                short += batch
+                continue
+            nowhere = np.full(max(RUN_PAGES), self.num_slots, np.int32)
+            batch += [(batch[0][0], nowhere)] * (TOGETHER - len(batch))
+            pages, slots = map(list, zip(*batch, strict=True))
+            self.arrays[group], is_done = _install_together(
+                self.arrays[group], pages, slots
+            )
+            ends.append(is_done)
+        for pages, slots in short:
+            self.arrays[group], is_done = _install(self.arrays[group], pages, slots)
+            ends.append(is_done)
+        return ends
 
     def extract(self, slots: Sequence[int]) -> list[jax.Array]:
         """Copies a run out of the pool, on the device, one array a group."""

@@ -72,6 +72,7 @@ class Inbound:
         self._watcher = watcher
         self._arrays: dict[int, list[jax.Array]] = {}
         self._wanted = 0
+        self._num_good = 0
 
     @property
     def num_put(self) -> int:
@@ -87,7 +88,11 @@ class Inbound:
     @property
     def has_failed(self) -> bool:
         """Whether a page is bad or a copy failed: the rest will not arrive."""
-        if self.failure is not None or any(put.has_failed for put in self.puts):
+        # Those that arrived once need not be looked at again.
+        while self._num_good < self.num_put and self.puts[self._num_good].is_good:
+            self._num_good += 1
+        under_way = self.puts[self._num_good :]
+        if self.failure is not None or any(put.has_failed for put in under_way):
             return True
         return bool(self.bad())
 
@@ -137,10 +142,8 @@ class Inbound:
     def install(self, group: int) -> list[jax.Array]:
         """Writes a layer group that was put into its slots; see `DevicePool.install`"""
         runs = self._arrays.pop(group, [])
-        return [
-            self._pool.install(group, pages, load.slots)
-            for load, pages in zip(self.loads, runs, strict=False)
-        ]
+        slots = [load.slots for load in self.loads]
+        return self._pool.install(group, list(zip(runs, slots, strict=bool(runs))))
 
     def bad(self) -> dict[str, list[PageEntry]]:
         """Pages that were found bad until now, by reason."""

@@ -76,6 +76,11 @@ class Copy:
         return self.has_arrived or self.has_failed
 
     @property
+    def is_good(self) -> bool:
+        """Whether the real copy has ended, and well."""
+        return self.done.done() and self.done.exception() is None
+
+    @property
     def has_failed(self) -> bool:
         return self.done.done() and self.done.exception() is not None
 
