@@ -3,6 +3,7 @@
 Knows finished turns. Does not know engines or how a figure is drawn.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -45,6 +46,8 @@ def mode_summary(replayed: Replayed) -> dict:
     prompt_tokens = sum(len(turn.prompt) for turn in turns)
     cached = sum(turn.tokens_from.cached for turn in turns)
     history = cached + tokens_from["recomputed"]
+    loaded_s = sum(turn.load_s for turn in turns)
+    stalled_s = sum(turn.exposed_stall_s for turn in turns if turn.load_s)
     return {
         "num_sessions": len({turn.session for turn in turns}),
         "num_turns": len(turns),
@@ -59,7 +62,10 @@ def mode_summary(replayed: Replayed) -> dict:
         "prefill_s": spread(turn.prefill_s for turn in turns),
         "prefill_s_later_turns": spread(turn.prefill_s for turn in later),
         "prefill_total_s": sum(turn.prefill_s or 0.0 for turn in turns),
-        "load_s": spread(turn.load_s for turn in turns),
+        "load_s": spread(turn.load_s for turn in turns if turn.load_s),
+        "exposed_stall_s": spread(t.exposed_stall_s for t in turns if t.load_s),
+        "overlap_ratio": 1 - stalled_s / loaded_s if loaded_s else None,
+        "decisions": dict(Counter(turn.decision for turn in turns)),
         "tpot_s": spread(turn.tpot_s for turn in turns),
         "output_tokens": sum(len(turn.reply) for turn in turns),
         "wall_s": replayed.wall_s,

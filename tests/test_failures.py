@@ -286,6 +286,23 @@ def test_a_save_that_fails_costs_the_turn_nothing(engine, monkeypatch, name, cou
     assert_sound(engine)
 
 
+@pytest.mark.parametrize("name", ["extract", "put_on_host"])
+def test_a_save_that_fails_on_its_way_through_to_disk_costs_nothing(
+    tmp_path, monkeypatch, name
+):
+    engine = make_engine(host_pages=0, disk_pages=500, disk_root=str(tmp_path))
+    pool = engine.store.pool
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, name, failing_after(getattr(pool, name), 1))
+        turn = ask(engine, "a", random_tokens(np.random.default_rng(0), 20))
+    assert engine.store.counters["save_failures"] == 1
+    assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 4))
+    engine.store.saver.drain()
+    assert engine.store.saver.buffered_bytes == 0
+    assert_nothing_leaked(engine)
+    engine.close()
+
+
 def test_a_record_that_cannot_be_written_ends_the_turn(engine, monkeypatch):
     def refusing(record):
         raise Injected("disk full")

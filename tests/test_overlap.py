@@ -224,3 +224,29 @@ def test_a_calibrated_engine_recomputes_over_a_slow_link_and_says_why(
     assert turn.tokens_from.recomputed == (63 if choices == {"recompute"} else 0)
     assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 4))
     assert_nothing_leaked(engine)
+
+
+@pytest.mark.parametrize("is_other_running", [False, True])
+def test_staged_turns_give_their_slots_to_the_first_in_the_queue(is_other_running):
+    """Or neither could ever start: together they need more slots than there are."""
+    engine = make_engine(page_tokens=4, device_pages=24, max_batch=3)
+    rng = np.random.default_rng(0)
+    ask(engine, "a", random_tokens(rng, 40))
+    move_down(engine, Tier.HOST)
+    if is_other_running:
+        running = engine.submit(request("b", [1, 2], 10))
+        engine.step()
+    first = engine.submit(request("new", random_tokens(rng, 60), 30))
+    second = engine.submit(request("a", [7], 4))
+    for _ in range(2000):
+        engine.step()
+        if engine.scheduler.is_idle:
+            break
+    assert first.finish_reason == second.finish_reason == "length"
+    ended_s, began_s = first.times.finished_s, second.times.first_token_s
+    assert ended_s is not None and began_s is not None and ended_s <= began_s
+    for turn in (first, second):
+        assert_same_reply(turn.reply, *greedy_reply(turn.prompt, len(turn.reply)))
+    if is_other_running:
+        assert_same_reply(running.reply, *greedy_reply(running.prompt, 10))
+    assert_nothing_leaked(engine)

@@ -78,6 +78,8 @@ class Loop:
         """Looks after copies under way, and begins those of the next turns."""
         self._ending.end_cancelled()
         self._store.poll(QueueView(waiting=self._scheduler.upcoming()))
+        if self._running.blocked is not None:
+            return  # the first in the queue needs every slot that gets free
         with self._ending.bad_turns():
             self._staging.look_ahead()
 

@@ -109,6 +109,8 @@ class Staging:
         for turn in self._scheduler.startable(1 + self._config.max_staged):
             with _blamed_on(turn):
                 job = self.jobs.get(turn) or self._lease(turn, self._prospect(turn))
+                if job is None and not passed:
+                    job = self._lease_first(turn)
                 if job is None:
                     break
                 if not passed and not self._is_ready(job):
@@ -214,6 +216,13 @@ class Staging:
         self._fill(job, prospect, lease)
         self.jobs[turn] = job
         return job
+
+    def _lease_first(self, turn: Turn) -> Job | None:
+        """Leases the first in the queue with the slots of those staged behind it."""
+        staged = list(self.jobs)
+        for behind in staged:
+            self.drop(behind)
+        return self._lease(turn, self._prospect(turn)) if staged else None
 
     def _fill(self, job: Job, prospect: _Prospect, lease) -> None:
         job.plan, job.decision, job.lease = prospect.plan, prospect.decision, lease

@@ -84,9 +84,7 @@ class Saver:
         """Puts pages of a turn in the queue of those to be saved; how many are new."""
         queue = self._queue.setdefault(turn, {})
         before = len(queue)
-        for entry in entries:
-            if entry.slot is not None and not entry.is_saved:
-                queue[entry.key] = entry
+        queue.update((entry.key, entry) for entry in _unsaved(entries))
         num_new = len(queue) - before
         if not queue:
             del self._queue[turn]
@@ -106,11 +104,7 @@ class Saver:
         What found no room stays in the queue and is saved later, when its slot is
         needed at the latest.
         """
-        wanted = [
-            entry
-            for entry in self._queue.pop(turn, {}).values()
-            if entry.slot is not None and not entry.is_saved
-        ]
+        wanted = _unsaved(self._queue.pop(turn, {}).values())
         for run in split_runs(wanted):
             fits = self._fits(len(run) * self._pool.layout.page_bytes)
             if not fits or not self._save(run, turn, may_wait=False):
@@ -124,8 +118,7 @@ class Saver:
         Waits only for room in the buffer. A page for which there is no room anywhere
         is not saved.
         """
-        wanted = [e for e in entries if e.slot is not None and not e.is_saved]
-        for run in split_runs(wanted):
+        for run in split_runs(_unsaved(entries)):
             self._make_buffer_room(len(run) * self._pool.layout.page_bytes)
             self._save(run, turn, may_wait=True)
 
@@ -249,7 +242,11 @@ class Saver:
     def _pass_through(self, run: _Run, turn: str) -> None:
         """Host memory keeps no page at all: these pass through it to disk."""
         slab = Slab(num_rows=0, num_bytes=0, rows_left=0)
-        self.send(slab, run.groups, turn)
+        try:
+            self.send(slab, run.groups, turn)
+        except Exception:  # out of memory, most likely
+            self._counters["save_failures"] += 1
+            return self._drop(run)
         for row, entry in enumerate(run.entries):
             if not self._evictor.write(entry, slab.groups, row):
                 self._counters["pages_not_saved"] += 1
@@ -269,9 +266,7 @@ class Saver:
                     self._evictor.leave_host(entry)
             return
         start_s, end_s = flight.copy.span
-        details: dict[str, object] = {"bytes": flight.num_bytes}
-        if flight.turn:
-            details["turn"] = flight.turn
+        details = {"bytes": flight.num_bytes, "turn": flight.turn}
         if flight.group is not None:
             details["group"] = flight.group
         self._timeline.add("save", "device to host", start_s, end_s, **details)
@@ -302,3 +297,7 @@ class Saver:
             self._admit(run, "")
         else:
             self._drop(run)
+
+
+def _unsaved(entries: Iterable[PageEntry]) -> list[PageEntry]:
+    return [e for e in entries if e.slot is not None and not e.is_saved]
