@@ -27,19 +27,15 @@ from rich.table import Table
 from cachedattn_jax.engine.engine import Engine
 from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.pipeline import least_finish_s, no_preload_s
-from cachedattn_jax.engine.turn import Turn
 from cachedattn_jax.gantt import draw_turn
-from cachedattn_jax.model.config import LlamaConfig, preset
-from cachedattn_jax.model.llama import LlamaParams, init_params
+from cachedattn_jax.model.config import preset
+from cachedattn_jax.model.llama import init_params
 from cachedattn_jax.run_directory import Claim, RunDirectory
 from cachedattn_jax.store.budget import StoreConfig
 from cachedattn_jax.store.link import EmulatedLink
-from cachedattn_jax.store.placement import Tier
-from experiments.bench import noise, repeat, serve, submit, to_tier
+from experiments.bench import repeat
+from experiments.preload_bench import AUTO, NO_PRELOAD, PreloadBench
 from experiments.report import write_report
-
-NO_PRELOAD = "no pre-load"
-AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,71 +45,6 @@ class _Measured:
     wall_s: float
     load_s: float
     stall_s: float
-
-
-class _Bench:
-    """Engines that differ in their read buffer, and one conversation on each."""
-
-    def __init__(
-        self,
-        config: LlamaConfig,
-        params: LlamaParams,
-        engine: EngineConfig,
-        modes: Sequence[str],
-        history: int,
-        new: int,
-        store: StoreConfig,
-        seed: int,
-    ) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.config, self.num_new = config, new
-        self.history = noise(self.rng, history, config.vocab_size)
-        self.engines = {
-            mode: self._engine(params, engine, store, mode) for mode in (*modes, "all")
-        }
-        layout = self.engines["all"].store.layout
-        self.num_groups = layout.num_groups
-        self.load_bytes = layout.num_pages(history) * layout.page_bytes
-
-    def _engine(
-        self, params: LlamaParams, engine: EngineConfig, store: StoreConfig, mode: str
-    ) -> Engine:
-        depths = {NO_PRELOAD: 0, AUTO: "auto", "all": self.config.num_layers}
-        fields = {
-            "read_buffer": depths.get(mode, mode.removeprefix("d = ")),
-            "is_preloading": mode != NO_PRELOAD,
-            "loading": "always",
-        }
-        if fields["read_buffer"] != "auto":
-            fields["read_buffer"] = int(fields["read_buffer"])
-        settings = EngineConfig(**{**vars(engine), **fields})
-        served = Engine(self.config, params, settings, store, weights="random")
-        served.warm_up()
-        submit(served, "ours", self.history)
-        serve(served)
-        return served
-
-    def turn(self, mode: str, link: EmulatedLink | None) -> Turn:
-        """A turn from host memory, queued behind the prefill of another one."""
-        engine = self.engines[mode]
-        engine.store.links.emulate(None, None)
-        to_tier(engine, Tier.HOST)
-        engine.store.links.emulate(link, None)
-        vocab = self.config.vocab_size
-        other = noise(self.rng, self.config.window - 8, vocab)
-        submit(engine, "other", other)
-        new = noise(self.rng, self.num_new, vocab)
-        turn = submit(engine, "ours", [*self.history, *new])
-        serve(engine)
-        engine.store.links.emulate(None, None)
-        engine.store.saver.drain()
-        engine.forget("default", "other")  # or its pages would push ours out
-        return turn
-
-    def close(self) -> None:
-        for engine in self.engines.values():
-            engine.store.links.emulate(None, None)
-            engine.close()
 
 
 def run(
@@ -140,7 +71,7 @@ def run(
     """
     config = preset(model, dtype=dtype)
     modes = [NO_PRELOAD, *[f"d = {depth}" for depth in depths], AUTO]
-    bench = _Bench(
+    bench = PreloadBench(
         config, init_params(config, seed), engine, modes, history, new, store, seed
     )
     try:
@@ -168,7 +99,7 @@ def run(
 
 
 def _measure(
-    bench: _Bench,
+    bench: PreloadBench,
     modes: Sequence[str],
     ratios: Sequence[float],
     repeats: int,
@@ -219,7 +150,7 @@ def _measure(
 
 
 def _row(
-    bench: _Bench,
+    bench: PreloadBench,
     mode: str,
     load_s: float,
     walls: Mapping[str, Sequence[float]],

@@ -115,8 +115,7 @@ class Saver:
     def save_now(self, entries: Sequence[PageEntry], turn: str = "") -> None:
         """Copies pages out of their slots, which are free for others then.
 
-        Waits only for room in the buffer. A page for which there is no room anywhere
-        is not saved.
+        Waits only for room in the buffer; saves nothing for which there is none at all.
         """
         for run in split_runs(_unsaved(entries)):
             self._make_buffer_room(len(run) * self._pool.layout.page_bytes)
@@ -283,8 +282,7 @@ class Saver:
         self._admit_waiting()
         while not self._fits(num_bytes):
             self._free_oldest()
-        waited_us = 1e6 * (time.monotonic() - started_s)
-        self._counters["save_wait_us"] += int(waited_us)
+        self._counters["save_wait_us"] += int(1e6 * (time.monotonic() - started_s))
 
     def _free_oldest(self) -> None:
         """Waits for the oldest copy; without one, for room for the oldest run."""
