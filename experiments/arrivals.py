@@ -36,20 +36,27 @@ class Arrivals:
         if not 0 <= self.think_sigma < math.inf:
             raise ValueError(f"think_sigma={self.think_sigma} must be at least 0")
 
+    def times(
+        self, num_turns: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """When sessions of so many turns arrive, and a think time for every turn.
+
+        At another rate or think time the same generator gives the same times,
+        stretched; more sessions leave the times of the first as they are.
+        """
+        arrival_rng, think_rng = rng.spawn(2)
+        gaps = arrival_rng.standard_exponential(len(num_turns))
+        normal = think_rng.standard_normal(int(num_turns.sum()))
+        think_s = np.exp(self.think_mu + self.think_sigma * normal)
+        return np.cumsum(gaps) / self.sessions_per_s, think_s
+
     def schedule(
         self, conversations: Sequence[Conversation], rng: np.random.Generator
     ) -> tuple[Conversation, ...]:
-        """Gives the conversations new times, in the order they stand in.
-
-        At another rate or think time the same generator gives the same times,
-        stretched; more conversations leave the times of the first as they are.
-        """
-        arrival_rng, think_rng = rng.spawn(2)
-        gaps = arrival_rng.standard_exponential(len(conversations))
-        arrivals_s = np.cumsum(gaps) / self.sessions_per_s
-        num_turns = sum(len(conversation.turns) for conversation in conversations)
-        normal = think_rng.standard_normal(num_turns)
-        think_s = iter(np.exp(self.think_mu + self.think_sigma * normal).tolist())
+        """Gives the conversations new times, in the order they stand in."""
+        num_turns = np.array([len(c.turns) for c in conversations], np.int64)
+        arrivals_s, thinks = self.times(num_turns, rng)
+        think_s = iter(thinks.tolist())
         return tuple(
             replace(
                 conversation,

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from cachedattn_jax.engine.engine import Engine
 from cachedattn_jax.engine.request import Request
 from cachedattn_jax.engine.turn import Turn
-from cachedattn_jax.store.placement import Tier
+from cachedattn_jax.store.placement.tier import Tier
 
 
 def noise(rng: np.random.Generator, num_tokens: int, vocab_size: int) -> list[int]:

@@ -76,11 +76,7 @@ class GeneratorConfig:
 
 def generate(config: GeneratorConfig) -> Workload:
     """Draws a workload; the same seed with more sessions begins with the same ones."""
-    rngs = np.random.default_rng(config.seed).spawn(4)
-    turns_rng, session_rng, message_rng, times_rng = rngs
-    num_turns = _turn_counts(config.num_sessions, turns_rng)
-    users, replies = _message_lengths(num_turns, session_rng, message_rng)
-    replies = np.maximum(1, np.rint(replies * config.reply_scale).astype(np.int64))
+    num_turns, users, replies, times_rng = draw(config)
     turns = [
         Turn(new_tokens=user, output_tokens=reply)
         for user, reply in zip(users.tolist(), replies.tolist(), strict=True)
@@ -98,6 +94,18 @@ def generate(config: GeneratorConfig) -> Workload:
         name="sharegpt-generated",
         conversations=config.arrivals.schedule(conversations, times_rng),
     )
+
+
+def draw(
+    config: GeneratorConfig,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.random.Generator]:
+    """Turns of sessions, new and reply tokens of all turns; a generator of times."""
+    rngs = np.random.default_rng(config.seed).spawn(4)
+    turns_rng, session_rng, message_rng, times_rng = rngs
+    num_turns = _turn_counts(config.num_sessions, turns_rng)
+    users, replies = _message_lengths(num_turns, session_rng, message_rng)
+    replies = np.maximum(1, np.rint(replies * config.reply_scale).astype(np.int64))
+    return num_turns, users, replies, times_rng
 
 
 def _turn_counts(num_sessions: int, rng: np.random.Generator) -> np.ndarray:

@@ -15,7 +15,7 @@ from cachedattn_jax.model.config import LlamaConfig
 from cachedattn_jax.model.llama import LlamaParams
 from cachedattn_jax.store.budget import StoreConfig
 from cachedattn_jax.store.link import EmulatedLink
-from cachedattn_jax.store.placement import Tier
+from cachedattn_jax.store.placement.tier import Tier
 from experiments.bench import noise, serve, submit, to_tier
 
 NO_PRELOAD = "no pre-load"

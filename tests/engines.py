@@ -20,7 +20,7 @@ from cachedattn_jax.model.config import LlamaConfig, preset
 from cachedattn_jax.model.llama import LlamaParams, init_params, model_of
 from cachedattn_jax.store.budget import StoreConfig
 from cachedattn_jax.store.link import Link
-from cachedattn_jax.store.placement import Tier
+from cachedattn_jax.store.placement.tier import Tier
 
 PAGE_TOKENS = (4, 16)
 LAYERS_PER_GROUP = (1, 2, 4)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cachedattn_jax.engine.chunks import plan_chunks
 from cachedattn_jax.engine.cost_model import ChunkCost, Link
 from cachedattn_jax.engine.pipeline import least_finish_s
-from cachedattn_jax.store.placement import Tier
+from cachedattn_jax.store.placement.tier import Tier
 from tests.costs import (
     CONSTANT_SETS,
     CONSTANTS,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cachedattn_jax.engine.request import Request
-from cachedattn_jax.store.placement import Tier
+from cachedattn_jax.store.placement.tier import Tier
 from tests.engines import (
     LAYERS_PER_GROUP,
     PAGE_TOKENS,

@@ -9,7 +9,7 @@ import tempfile
 import numpy as np
 import pytest
 
-from cachedattn_jax.store.placement import Tier
+from cachedattn_jax.store.placement.tier import Tier
 from tests.engines import (
     ask,
     assert_nothing_leaked,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cachedattn_jax.store import disk_tier
-from cachedattn_jax.store.placement import Tier
+from cachedattn_jax.store.placement.tier import Tier
 from tests.engines import (
     HeldLink,
     ask,

@@ -8,7 +8,7 @@ import pytest
 from cachedattn_jax.engine.request import Request
 from cachedattn_jax.store import disk_tier
 from cachedattn_jax.store.link import EmulatedLink
-from cachedattn_jax.store.placement import Tier
+from cachedattn_jax.store.placement.tier import Tier
 from tests.engines import (
     HeldLink,
     ask,

@@ -8,7 +8,7 @@ import pytest
 from cachedattn_jax.engine import decode, prefill
 from cachedattn_jax.engine.sampling import sampling_batch
 from cachedattn_jax.store import device_pool
-from cachedattn_jax.store.placement import Tier
+from cachedattn_jax.store.placement.tier import Tier
 from tests.engines import ask, make_engine, random_tokens, tiny_model
 
 # Many, so that a copy of a pool would dwarf what attention needs; no memory is taken.

@@ -53,6 +53,7 @@ PURE = [
     "cachedattn_jax.store.layout",
     "cachedattn_jax.store.page",
     "cachedattn_jax.store.placement",
+    "cachedattn_jax.store.placement.placement",
     "cachedattn_jax.timeline",
     "experiments.workload",
 ]

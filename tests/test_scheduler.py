@@ -21,7 +21,7 @@ def test_turns_start_in_the_order_they_came():
         assert scheduler.next() is item
         scheduler.start(item)
     assert scheduler.next() is None
-    assert scheduler.upcoming() == ("c",)
+    assert [item.session for item in scheduler.waiting] == ["c"]
     scheduler.finish(items[0])
     assert scheduler.next() is items[2]
 

@@ -69,7 +69,24 @@ class Ending:
         turn.times.finished_s = time.monotonic()
         turn.error = error
         turn.finish_reason = reason
+        ticket = self._scheduler.ticket(turn)
         self._scheduler.finish(turn)
+        if ticket is not None:
+            self._store.placement.unqueued(turn.session, ticket)
+        else:
+            self._rest(turn, turn.times.finished_s)
+
+    def _rest(self, turn: Turn, now: float) -> None:
+        store, request = self._store, turn.request
+        record = store.catalog.find(request.tenant, request.session_id)
+        num_tokens = 0 if record is None else record.cached_length
+        store.placement.ended(
+            turn.session,
+            now,
+            num_turns=0 if record is None else record.num_turns,
+            num_tokens=num_tokens,
+            kv_bytes=store.layout.num_pages(num_tokens) * store.layout.page_bytes,
+        )
 
     def end_cancelled(self) -> None:
         for turn in [t for t in self._scheduler.waiting if t.is_cancel_requested]:

@@ -129,7 +129,10 @@ class Engine:
             session=session_key(request.tenant, request.session_id),
             times=Times(submitted_s=time.monotonic()),
         )
-        self.scheduler.submit(turn)
+        ticket = self.scheduler.submit(turn)
+        self.store.placement.queued(
+            turn.session, ticket, turn.times.submitted_s, request.tenant
+        )
         return turn
 
     def rewind(self, tenant: str, session_id: str, num_tokens: int) -> None:
@@ -145,6 +148,17 @@ class Engine:
         """Deletes a session and its pages; ValueError while it has a turn under way."""
         self._check_quiet(tenant, session_id)
         self.store.forget_session(tenant, session_id)
+
+    def close_session(self, tenant: str, session_id: str) -> None:
+        """Says that a conversation is over: its pages are the first to go.
+
+        Nothing is deleted. A turn that comes all the same opens it again.
+        """
+        self.store.placement.closed(session_key(tenant, session_id))
+
+    def pin(self, tenant: str, session_id: str, is_pinned: bool = True) -> None:
+        """Keeps a conversation's pages where they are, or lets them go again."""
+        self.store.placement.pinned(session_key(tenant, session_id), is_pinned)
 
     def run(self, requests: Iterable[Request]) -> list[Turn]:
         """Serves all requests, batched, and returns their turns in the same order."""

@@ -22,7 +22,6 @@ from cachedattn_jax.engine.staging import Staging
 from cachedattn_jax.engine.turn import Turn
 from cachedattn_jax.store.groupwise_save import GroupwiseSave
 from cachedattn_jax.store.page import chain_keys
-from cachedattn_jax.store.placement import QueueView
 from cachedattn_jax.store.tiered_store import TieredStore
 
 # How long decoding pauses for the pages of the turn that is next. They often come
@@ -77,11 +76,13 @@ class Loop:
     def _look_ahead(self) -> None:
         """Looks after copies under way, and begins those of the next turns."""
         self._ending.end_cancelled()
-        self._store.poll(QueueView(waiting=self._scheduler.upcoming()))
+        self._store.poll()
         if self._running.blocked is not None:
             return  # the first in the queue needs every slot that gets free
         with self._ending.bad_turns():
             self._staging.look_ahead()
+        if self._config.is_preloading:
+            self._store.prefetch()
 
     def _start_next(self) -> None:
         """Gives a seat to the next turn whose pages are there, or about to come."""
@@ -180,7 +181,11 @@ class Loop:
         job.started_s = time.monotonic()
         if turn.times.started_s is None:
             turn.times.started_s = job.started_s
+        ticket = self._scheduler.ticket(turn)
+        assert ticket is not None
         self._scheduler.start(turn)
+        self._store.placement.unqueued(turn.session, ticket)
+        self._store.placement.started(turn.session, job.started_s)
         del self._staging.jobs[turn]
         self._running.start(job)
         with self._ending.guard([job]):

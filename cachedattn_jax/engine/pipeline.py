@@ -93,8 +93,8 @@ def least_finish_s(
 
 
 def equal_groups_finish_s(
-    load_s: np.ndarray,
-    compute_s: np.ndarray,
+    load_s: np.ndarray | float,
+    compute_s: np.ndarray | float,
     *,
     num_groups: int,
     read_ahead: int,

@@ -4,7 +4,7 @@ First come, first served, except that the turns of one session keep their order:
 one runs, the next waits and lets others pass.
 """
 
-from collections import deque
+from collections.abc import Hashable
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 
@@ -13,7 +13,7 @@ class Waiting(Protocol):
     """What the scheduler needs to know of a turn."""
 
     @property
-    def session(self) -> str: ...
+    def session(self) -> Hashable: ...
 
 
 Item = TypeVar("Item", bound=Waiting)
@@ -30,8 +30,9 @@ class Scheduler(Generic[Item]):
         if max_running < 1:
             raise ValueError(f"max_running={max_running} must be at least 1")
         self.max_running = max_running
-        self._waiting: deque[Item] = deque()
-        self._running: dict[str, Item] = {}
+        self._waiting: dict[Item, int] = {}  # in order, with their tickets
+        self._running: dict[Hashable, Item] = {}
+        self._num_tickets = 0
 
     @property
     def running(self) -> list[Item]:
@@ -44,16 +45,22 @@ class Scheduler(Generic[Item]):
         return list(self._waiting)
 
     @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
     def is_idle(self) -> bool:
         return not self._waiting and not self._running
 
-    def submit(self, item: Item) -> None:
-        """Puts a turn at the end of the queue."""
-        self._waiting.append(item)
+    def submit(self, item: Item) -> int:
+        """Puts a turn at the end of the queue; returns its ticket, which grow."""
+        self._num_tickets += 1
+        self._waiting[item] = self._num_tickets
+        return self._num_tickets
 
-    def upcoming(self) -> tuple[str, ...]:
-        """Sessions of the waiting turns, next one first, for placement to look at."""
-        return tuple(item.session for item in self._waiting)
+    def ticket(self, item: Item) -> int | None:
+        """The place of a turn in the queue; None where it does not wait."""
+        return self._waiting.get(item)
 
     @property
     def has_room(self) -> bool:
@@ -62,7 +69,7 @@ class Scheduler(Generic[Item]):
 
     def startable(self, limit: int) -> list[Item]:
         """The first turns in the queue that could run, at most one of each session."""
-        found: dict[str, Item] = {}
+        found: dict[Hashable, Item] = {}
         for item in self._waiting:
             if len(found) >= limit:
                 break
@@ -77,12 +84,12 @@ class Scheduler(Generic[Item]):
 
     def start(self, item: Item) -> None:
         """Moves a turn from the queue to the running ones."""
-        self._waiting.remove(item)
+        del self._waiting[item]
         self._running[item.session] = item
 
     def finish(self, item: Item) -> None:
         """Takes a turn out, wherever it is."""
         if self._running.get(item.session) is item:
             del self._running[item.session]
-        elif item in self._waiting:
-            self._waiting.remove(item)
+        else:
+            self._waiting.pop(item, None)

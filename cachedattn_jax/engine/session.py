@@ -99,6 +99,17 @@ class Session:
         """
         self._engine.rewind(self.tenant, self.session_id, num_tokens)
 
+    def close(self) -> None:
+        """Says that the conversation is over: its pages are the first to go.
+
+        Nothing is deleted. A turn that comes all the same opens it again.
+        """
+        self._engine.close_session(self.tenant, self.session_id)
+
+    def pin(self, is_pinned: bool = True) -> None:
+        """Keeps the conversation's pages where they are, or lets them go again."""
+        self._engine.pin(self.tenant, self.session_id, is_pinned)
+
     def forget(self) -> None:
         """Deletes the conversation and its pages.
 

@@ -11,7 +11,7 @@ from typing import no_type_check
 
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.link import EmulatedLink
-from cachedattn_jax.store.placement import policy
+from cachedattn_jax.store.placement.placement_config import PlacementConfig
 
 WRITE_POLICIES = ("write_through", "write_back", "write_through_selective")
 
@@ -29,7 +29,7 @@ class StoreConfig:
             GiB". 0 switches the host or the disk tier off.
         disk_root: a path or a TensorStore URL (file://, s3://, gs://, memory://); None
             for no disk tier. One layout owns a root.
-        policy: who gives up room first; see `store.placement.POLICIES`.
+        placement: who gives up room first, and what is fetched ahead.
         write_policy: when a new page is copied out of the device. "write_through": as
             soon as it is computed; "write_back": when its slot is needed;
             "write_through_selective": at once for sessions that have come back before,
@@ -46,7 +46,7 @@ class StoreConfig:
     host_bytes: int | str = "1 GiB"
     disk_bytes: int | str = 0
     disk_root: str | None = None
-    policy: str = "lru"
+    placement: PlacementConfig = PlacementConfig()
     write_policy: str = "write_through"
     write_buffer_bytes: int | str = "512 MiB"
     is_saving_synchronous: bool = False
@@ -59,7 +59,8 @@ class StoreConfig:
         _check_memory("host_bytes", self.num_host_bytes)
         if self.num_disk_bytes and self.disk_root and "://" not in self.disk_root:
             _check_disk(self.disk_root, self.num_disk_bytes)
-        policy(self.policy)
+        if not isinstance(self.placement, PlacementConfig):
+            raise ValueError(f"placement={self.placement!r} must be a PlacementConfig")
         if self.write_policy not in WRITE_POLICIES:
             raise ValueError(
                 f"write_policy={self.write_policy!r} is not one of"

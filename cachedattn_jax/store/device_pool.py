@@ -154,7 +154,7 @@ class DevicePool:
         return _extract_group(self.arrays[group], np.asarray(slots, np.int32))
 
     def put_on_host(
-        self, runs: Sequence[jax.Array], *, is_emulated: bool = False
+        self, runs: Sequence[np.ndarray | jax.Array], *, is_emulated: bool = False
     ) -> list[jax.Array]:
         """Starts the copies of runs to pinned host memory.
 
@@ -163,5 +163,5 @@ class DevicePool:
                 are in host memory already, so nothing is copied then.
         """
         if is_emulated and self.platform == "cpu":
-            return list(runs)
+            return [jnp.asarray(run) for run in runs]
         return jax.device_put(list(runs), self.host_sharding)

@@ -5,7 +5,7 @@ Knows budgets, victims and writes under way. Does not know turns or how pages ar
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
 import jax
@@ -15,7 +15,7 @@ from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.host_tier import HostTier
 from cachedattn_jax.store.link import Copy
 from cachedattn_jax.store.page_index import PageEntry, PageIndex
-from cachedattn_jax.store.placement import QueueView, Tier
+from cachedattn_jax.store.placement.tier import Tier
 from cachedattn_jax.timeline import Timeline
 
 # Above this share of the host budget, the pages next to leave are copied to disk ahead
@@ -36,8 +36,8 @@ class Evictor:
         timeline: Timeline,
         counters: Counter[str],
     ) -> None:
-        self.queue = QueueView()
         self._index = index
+        self._placement = index.placement
         self._pool = pool
         self._host = host
         self._disk = disk
@@ -52,7 +52,7 @@ class Evictor:
     def slot_victims(self, num_slots: int) -> list[PageEntry] | None:
         """Pages whose leaving makes so many slots free; None if that is not enough."""
         missing = num_slots - self._pool.num_free
-        victims = list(islice(self._victims(Tier.DEVICE), max(0, missing)))
+        victims = self._choose(Tier.DEVICE, max(0, missing))
         return None if len(victims) < missing else victims
 
     def free_slots(self, victims: Sequence[PageEntry]) -> None:
@@ -71,15 +71,15 @@ class Evictor:
         if num_bytes > self._host.capacity_bytes:
             return False
         while not self._host.has_room(num_bytes):
-            victims = list(islice(self._victims(Tier.HOST), _MAX_WRITES))
+            victims = self._choose(Tier.HOST, _MAX_WRITES)
             if not victims:
                 return False
             for entry in victims:
-                if entry.on_disk or not self.write(entry):
-                    self.leave_host(entry)
-                    self._count_loss(entry, Tier.HOST)
-                if self._host.has_room(num_bytes):
+                self._demote(entry)
+                if not self._is_whole and self._host.has_room(num_bytes):
                     return True
+            if self._host.has_room(num_bytes):
+                return True
             if self._writes and not self._writes[0][0].has_ended:
                 if not may_wait:
                     return False
@@ -125,9 +125,34 @@ class Evictor:
         if self._disk is None or not self._host.capacity_bytes:
             return
         if self._host.used_bytes > _CLEAN_ABOVE * self._host.capacity_bytes:
-            for entry in list(islice(self._victims(Tier.HOST), _MAX_WRITES)):
+            for entry in self._choose(Tier.HOST, _MAX_WRITES):
                 if len(self._writes) < _MAX_WRITES:
                     self.write(entry)
+
+    def keep_reserve(self) -> None:
+        """Demotes pages in the background until host memory has its reserve free.
+
+        Only pages that are on disk already leave: nothing is lost for the reserve.
+        """
+        least = self._placement.reserve_bytes
+        if self._disk is None or not least or self._host.has_room(least):
+            return
+        victims = self._choose(Tier.HOST, _MAX_WRITES, spares_next=True)
+        for entry in victims:
+            if entry.on_disk:
+                self._demote(entry)
+                if not self._is_whole and self._host.has_room(least):
+                    return
+            elif len(self._writes) < _MAX_WRITES:
+                self.write(entry)
+
+    def drop(self, session: str, tiers: Sequence[Tier] = tuple(Tier)) -> None:
+        """Gives up all pages of a session in some tiers that no turn holds."""
+        for tier in tiers:
+            for entry in list(self._index.last_pages_first(session, tier)):
+                if not entry.holds:
+                    self._leave(entry, tier)
+                    self._count_loss(entry, tier)
 
     def drain(self) -> None:
         """Writes all that only host memory holds, as far as it fits, and waits."""
@@ -142,13 +167,7 @@ class Evictor:
         if tier is Tier.HOST:
             self.drain()
         for entry in victims:
-            match tier:
-                case Tier.DEVICE:
-                    self._pool.give_back(self.leave_device(entry))
-                case Tier.HOST:
-                    self.leave_host(entry)
-                case Tier.DISK:
-                    self.leave_disk(entry)
+            self._leave(entry, tier)
             self._count_loss(entry, tier)
 
     def retire(self, entry: PageEntry) -> None:
@@ -183,19 +202,56 @@ class Evictor:
             entry.slab = None
             self._index.unplace(entry, Tier.HOST)
 
-    def _victims(self, tier: Tier) -> Iterator[PageEntry]:
-        for session in self._index.policy.victims(tier, self.queue, time.monotonic()):
-            for entry in self._index.last_pages_first(session, tier):
-                if not entry.holds:
-                    yield entry
+    @property
+    def _is_whole(self) -> bool:
+        """Whether sessions leave a tier as a whole."""
+        return self._placement.config.granularity == "sessions"
+
+    def _choose(
+        self, tier: Tier, num_pages: int, *, spares_next: bool = False
+    ) -> list[PageEntry]:
+        """The next pages to leave a tier, so many or, of whole sessions, more."""
+        chosen: list[PageEntry] = []
+        if num_pages <= 0:
+            return chosen
+        victims = self._placement.victims(
+            tier, time.monotonic(), spares_next=spares_next
+        )
+        for standing in victims:
+            session = str(standing.session)
+            pages = self._index.last_pages_first(session, tier)
+            free = (entry for entry in pages if not entry.holds)
+            left = num_pages - len(chosen)
+            chosen += free if self._is_whole else islice(free, left)
+            if len(chosen) >= num_pages:
+                break
+        return chosen
+
+    def _demote(self, entry: PageEntry) -> None:
+        """Takes a page out of host memory, at once if nothing has to be written."""
+        if entry.on_disk or not self.write(entry):
+            self.leave_host(entry)
+            self._count_loss(entry, Tier.HOST)
+
+    def _leave(self, entry: PageEntry, tier: Tier) -> None:
+        match tier:
+            case Tier.DEVICE:
+                self._pool.give_back(self.leave_device(entry))
+            case Tier.HOST:
+                self.leave_host(entry)
+            case Tier.DISK:
+                self.leave_disk(entry)
 
     def _make_disk_room(self, disk: DiskTier) -> bool:
         while not disk.has_room():
-            victim = next(self._victims(Tier.DISK), None)
-            if victim is None:
+            # What host memory holds too is lost least.
+            copy = self._index.oldest_copy
+            victims = [copy] if copy else self._choose(Tier.DISK, 1)
+            if not victims:
                 return False
-            self.leave_disk(victim)
-            self._count_loss(victim, Tier.DISK)
+            for entry in victims:
+                self.leave_disk(entry)
+                self._count_loss(entry, Tier.DISK)
         return True
 
     def _settle_oldest(self) -> None:
@@ -212,7 +268,7 @@ class Evictor:
         else:
             self._note_write(copy)
             entry.on_disk = True
-            self._index.place(entry, Tier.DISK, time.monotonic())
+            self._index.place(entry, Tier.DISK)
         if entry.is_lost:
             self._index.remove(entry)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from cachedattn_jax.store.inbound import Inbound
 from cachedattn_jax.store.page_index import PageEntry
-from cachedattn_jax.store.placement import Tier
+from cachedattn_jax.store.placement.tier import Tier
 
 
 @dataclass(eq=False, kw_only=True)

@@ -4,7 +4,6 @@ Knows pages, slots and holds. Does not know when pages are saved or evicted, or 
 in them.
 """
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -13,12 +12,13 @@ import numpy as np
 from cachedattn_jax.store.device_pool import DevicePool, split_runs
 from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.evictor import Evictor
+from cachedattn_jax.store.host_tier import Slab
 from cachedattn_jax.store.inbound import Inbound, Load
 from cachedattn_jax.store.lease import Lease
 from cachedattn_jax.store.link import Links
 from cachedattn_jax.store.page import PageKey, Tail
 from cachedattn_jax.store.page_index import UNCLAIMED, PageEntry, PageIndex
-from cachedattn_jax.store.placement import Tier
+from cachedattn_jax.store.placement.tier import Tier
 from cachedattn_jax.store.saver import Saver
 from cachedattn_jax.store.watcher import Watcher
 
@@ -113,7 +113,6 @@ class Leases:
             if tail is not None and entry.key == tail.key:
                 tokens = len(tail.token_ids)
             tokens_from[entry.tiers[0]] += tokens
-        now = time.monotonic()
         lease = Lease(
             session=session,
             slots=np.asarray(slots, np.int32),
@@ -128,7 +127,7 @@ class Leases:
             ),
         )
         for entry in found:
-            self._index.touch(entry, session, now)
+            self._index.touch(entry, session)
         return lease
 
     def forget_bad(self, lease: Lease) -> bool:
@@ -195,15 +194,22 @@ class Leases:
         for slot, entry in zip(slots, found, strict=False):
             if entry.slot is not None:
                 continue
-            if entry.slab is None:
+            source, entries, row = entry.slab, [], entry.row
+            if source is None and entry.arrival is not None:
+                # It is being read already.
+                source, entries = entry.arrival.read, entry.arrival.entries
+                row = entries.index(entry)
+            if source is None:
                 from_disk.append((slot, entry))
                 continue
-            load = loads.get(id(entry.slab))
+            load = loads.get(id(source))
             if load is None:
-                unused = np.full(entry.slab.num_rows, self._pool.num_slots, np.int32)
-                load = Load(slots=unused, source=entry.slab)
-                loads[id(entry.slab)] = load
-            load.slots[entry.row] = slot
+                is_slab = isinstance(source, Slab)
+                num_rows = source.num_rows if is_slab else source.num_pages
+                unused = np.full(num_rows, self._pool.num_slots, np.int32)
+                load = Load(slots=unused, source=source, entries=entries)
+                loads[id(source)] = load
+            load.slots[row] = slot
         return [*loads.values(), *self._disk_loads(from_disk)]
 
     def _disk_loads(self, pages: list[tuple[int, PageEntry]]) -> Iterator[Load]:
@@ -239,4 +245,4 @@ class Leases:
             entry.token_ids = token_ids.copy()
         if entry.slot is None:
             entry.slot = slot
-            self._index.place(entry, Tier.DEVICE, time.monotonic())
+            self._index.place(entry, Tier.DEVICE)

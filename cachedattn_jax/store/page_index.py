@@ -3,14 +3,21 @@
 Knows keys, tiers and sessions. Does not move anything.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cachedattn_jax.store.host_tier import Slab
 from cachedattn_jax.store.page import PageKey
-from cachedattn_jax.store.placement import Policy, Tier
+from cachedattn_jax.store.placement.placement import Placement
+from cachedattn_jax.store.placement.tier import Tier
+
+if TYPE_CHECKING:
+    from cachedattn_jax.store.fetcher import Arrival
 
 # Owner of pages found on disk at start-up until a session uses them: first to go.
 UNCLAIMED = ""
@@ -27,6 +34,7 @@ class PageEntry:
         slot: its place on the device.
         slab, row: its place in host memory.
         on_disk: whether a complete object exists.
+        arrival: the read that brings it from disk to host memory, if one does.
         is_writing: whether an object is being written.
         is_saving: whether it has left its slot and waits for room in host memory.
         is_unwritable: whether writing it failed; it is not tried again.
@@ -40,6 +48,7 @@ class PageEntry:
     slab: Slab | None = None
     row: int = 0
     on_disk: bool = False
+    arrival: Arrival | None = None
     is_writing: bool = False
     is_saving: bool = False
     is_unwritable: bool = False
@@ -67,15 +76,28 @@ class PageEntry:
         return self.slot is None and not self.is_saved
 
     @property
+    def is_on_disk_only(self) -> bool:
+        """Whether it is in no faster tier, nor on its way to one."""
+        is_near = self.slot is not None or self.slab is not None or self.arrival
+        return self.on_disk and not is_near
+
+    @property
     def tiers(self) -> list[Tier]:
         return [tier for tier in Tier if self.is_in(tier)]
 
 
 class PageIndex:
-    """All pages by key, and by session for each tier."""
+    """All pages by key, and by session for each tier.
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    Args:
+        placement: is told how many bytes each session has in each tier.
+    """
+
+    def __init__(self, placement: Placement, page_bytes: int) -> None:
+        self.placement = placement
+        self._page_bytes = page_bytes
+        self._on_disk_only: dict[str, set[PageKey]] = {}
+        self._copies: dict[PageKey, PageEntry] = {}
         self._pages: dict[PageKey, PageEntry] = {}
         self._by_session: dict[Tier, dict[str, dict[PageKey, PageEntry]]] = {
             tier: {} for tier in Tier
@@ -95,19 +117,17 @@ class PageIndex:
         self._pages[key] = entry
         return entry
 
-    def place(self, entry: PageEntry, tier: Tier, now: float) -> None:
+    def place(self, entry: PageEntry, tier: Tier) -> None:
         """Notes that the page, whose fields say so already, is in the tier."""
         pages = self._by_session[tier].setdefault(entry.session, {})
         pages[entry.key] = entry
-        self.policy.used(entry.session, tier, now)
+        self._resized(entry.session, tier, len(pages))
+        self.note(entry)
 
     def unplace(self, entry: PageEntry, tier: Tier) -> None:
         """Notes that the page has left the tier; forgets it if that was the last."""
-        pages = self._by_session[tier][entry.session]
-        del pages[entry.key]
-        if not pages:
-            del self._by_session[tier][entry.session]
-            self.policy.left(entry.session, tier)
+        self._take_out(entry, tier)
+        self.note(entry)
         if entry.is_lost:
             self.remove(entry)
 
@@ -116,23 +136,62 @@ class PageIndex:
         if self._pages.get(entry.key) is entry:
             del self._pages[entry.key]
 
-    def touch(self, entry: PageEntry, session: str, now: float) -> None:
+    def touch(self, entry: PageEntry, session: str) -> None:
         """Notes a use of the page by a session, which answers for it from now on."""
-        for tier in entry.tiers:
-            if entry.session != session:
-                pages = self._by_session[tier][entry.session]
-                del pages[entry.key]
-                if not pages:
-                    del self._by_session[tier][entry.session]
-                    self.policy.left(entry.session, tier)
-                moved = self._by_session[tier].setdefault(session, {})
-                moved[entry.key] = entry
-            self.policy.used(session, tier, now)
+        if entry.session == session:
+            return
+        tiers = entry.tiers
+        for tier in tiers:
+            self._take_out(entry, tier)
+        self._note_on_disk_only(entry, False)
         entry.session = session
+        for tier in tiers:
+            self.place(entry, tier)
+
+    def note(self, entry: PageEntry) -> None:
+        """Notes what follows from the tiers that the page is in."""
+        self._note_on_disk_only(entry, entry.is_on_disk_only)
+        if entry.on_disk and entry.slab is not None:
+            self._copies[entry.key] = entry
+        else:
+            self._copies.pop(entry.key, None)
+
+    @property
+    def oldest_copy(self) -> PageEntry | None:
+        """The first of the pages on disk that host memory holds too."""
+        return next(iter(self._copies.values()), None)
+
+    def on_disk_only(self, session: str) -> list[PageEntry]:
+        """A session's pages on disk that are in no faster tier, in order."""
+        keys = self._on_disk_only.get(session, ())
+        pages = self._by_session[Tier.DISK].get(session, {})
+        return [entry for key, entry in pages.items() if key in keys]
 
     def last_pages_first(self, session: str, tier: Tier) -> Iterator[PageEntry]:
         """A session's pages in a tier, from the end of the conversation."""
         return reversed(self._by_session[tier].get(session, {}).values())
+
+    def _take_out(self, entry: PageEntry, tier: Tier) -> None:
+        pages = self._by_session[tier][entry.session]
+        del pages[entry.key]
+        if not pages:
+            del self._by_session[tier][entry.session]
+        self._resized(entry.session, tier, len(pages))
+
+    def _resized(self, session: str, tier: Tier, num_pages: int) -> None:
+        self.placement.resized(session, tier, num_pages * self._page_bytes)
+
+    def _note_on_disk_only(self, entry: PageEntry, is_so: bool) -> None:
+        keys = self._on_disk_only.get(entry.session)
+        if (keys is not None and entry.key in keys) == is_so:
+            return
+        if keys is None:
+            keys = self._on_disk_only[entry.session] = set()
+        (keys.add if is_so else keys.discard)(entry.key)
+        num_bytes = len(keys) * self._page_bytes
+        if not keys:
+            del self._on_disk_only[entry.session]
+        self.placement.on_disk_only(entry.session, num_bytes)
 
     def in_tier(self, tier: Tier) -> Iterator[PageEntry]:
         """Every page in a tier, session by session."""

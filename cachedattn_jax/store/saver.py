@@ -17,7 +17,7 @@ from cachedattn_jax.store.evictor import Evictor
 from cachedattn_jax.store.host_tier import HostTier, Slab
 from cachedattn_jax.store.link import Copy, Links
 from cachedattn_jax.store.page_index import PageEntry, PageIndex
-from cachedattn_jax.store.placement import Tier
+from cachedattn_jax.store.placement.tier import Tier
 from cachedattn_jax.store.watcher import Watcher
 from cachedattn_jax.timeline import Timeline
 
@@ -184,7 +184,7 @@ class Saver:
                 self._host.release_row(slab)
                 continue
             entry.slab, entry.row = slab, row
-            self._index.place(entry, Tier.HOST, time.monotonic())
+            self._index.place(entry, Tier.HOST)
 
     def _fits(self, num_bytes: int) -> bool:
         """Whether the buffer takes so many bytes; an empty one takes any."""

@@ -18,6 +18,7 @@ from cachedattn_jax.store.catalog import Catalog, SessionRecord, session_key
 from cachedattn_jax.store.device_pool import DevicePool
 from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.evictor import Evictor
+from cachedattn_jax.store.fetcher import Fetcher
 from cachedattn_jax.store.host_tier import HostTier
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.lease import Lease
@@ -25,7 +26,8 @@ from cachedattn_jax.store.leases import Leases
 from cachedattn_jax.store.link import Links
 from cachedattn_jax.store.page import PageKey, Tail
 from cachedattn_jax.store.page_index import UNCLAIMED, PageIndex
-from cachedattn_jax.store.placement import QueueView, Tier, policy
+from cachedattn_jax.store.placement.placement import Placement
+from cachedattn_jax.store.placement.tier import Tier
 from cachedattn_jax.store.root import Root
 from cachedattn_jax.store.saver import Saver
 from cachedattn_jax.store.watcher import Watcher
@@ -59,7 +61,12 @@ class TieredStore:
         self.root = Root(config.disk_root, layout) if config.disk_root else None
         self.disk = self._open_disk()
         self.catalog = Catalog(self.root)
-        self.index = PageIndex(policy(config.policy))
+        self.placement = Placement(
+            config.placement,
+            host_bytes=config.num_host_bytes,
+            disk_bytes=config.num_disk_bytes,
+        )
+        self.index = PageIndex(self.placement, layout.page_bytes)
         self.counters: Counter[str] = Counter()
         self._evictor = Evictor(
             self.index, self.pool, self.host, self.disk, self.timeline, self.counters
@@ -88,7 +95,11 @@ class TieredStore:
         for key in self.disk.list() if self.disk else ():
             entry = self.index.add(key, UNCLAIMED, None)
             entry.on_disk = True
-            self.index.place(entry, Tier.DISK, time.monotonic())
+            self.index.place(entry, Tier.DISK)
+        self.placement.closed(UNCLAIMED)
+        self._fetcher = Fetcher(
+            self.index, self.pool, self.host, self.disk, self._evictor, self.counters
+        )
 
     def _open_disk(self) -> DiskTier | None:
         num_bytes = self.config.num_disk_bytes
@@ -140,10 +151,9 @@ class TieredStore:
             entry = lease.entries[tail.index]
             if entry is not None:
                 self.leases.tails[lease.session] = entry
-        now = time.monotonic()
         pages = [entry for entry in lease.entries if entry is not None]
         for entry in pages:
-            self.index.touch(entry, lease.session, now)
+            self.index.touch(entry, lease.session)
         num_asked = 0
         if self.config.saves_early(record.num_turns - 1):
             num_asked = self.saver.ask(pages, turn)
@@ -155,11 +165,23 @@ class TieredStore:
             self._evictor.retire(old_tail)
         return num_asked
 
-    def poll(self, queue: QueueView) -> None:
-        """Notes finished copies, starts queued saves, keeps host memory clean."""
-        self._evictor.queue = queue
+    def poll(self) -> None:
+        """Notes finished copies and does in the background what placement wants."""
         self.saver.poll()
+        self._fetcher.poll()
         self._evictor.settle_writes()
+        now = time.monotonic()
+        for standing in self.placement.expired(now):
+            self._evictor.drop(str(standing.session))
+        for standing, tier in self.placement.over_quota(now):
+            self._evictor.drop(str(standing.session), [tier])
+        self._evictor.keep_reserve()
+
+    def prefetch(self) -> None:
+        """Begins to read pages of the next turns in the queue to host memory."""
+        for standing in list(self.placement.to_fetch()):
+            if not self._fetcher.fetch(str(standing.session)):
+                break
 
     def has_disk_room(self, num_pages: int) -> bool:
         """Whether the disk budget takes so many more pages as it is."""
@@ -203,6 +225,7 @@ class TieredStore:
         for tier in Tier:
             for entry in list(self.index.last_pages_first(session, tier)):
                 self._evictor.retire(entry)
+        self.placement.forgot(session)
 
     def close(self) -> None:
         """Writes what only memory holds to disk, as far as it fits; stops threads."""
