@@ -106,6 +106,7 @@ def equal_groups_finish_s(
         load_s: seconds on the link of one group, by case.
         compute_s: seconds on the device of one group, by case.
     """
+    load_s, compute_s = np.asarray(load_s), np.asarray(compute_s)
     early_s = np.minimum(lead_s, min(read_ahead, num_groups) * load_s)
     # The finish is the longest chain of waits. With equal groups it is one of three:
     # all computes; the first copy, then all computes; all copies, then the last

@@ -117,7 +117,7 @@ class Window:
         return float(share.sum() / max(1, num_turns))
 
     def _tokens(self, sources: tuple[str, ...]) -> np.ndarray:
-        return np.sum([self[name] for name in sources], axis=0, dtype=np.float64)
+        return np.stack([self[name] for name in sources]).sum(axis=0, dtype=np.float64)
 
     def ttft(self, *, with_queue: bool) -> dict[str, float]:
         """Seconds to the first token: mean and percentiles."""

@@ -49,12 +49,12 @@ class DiskRead:
     """Pages on their way from disk, a few layer groups at a time, in order.
 
     Attributes:
-        num_pages: how many.
+        num_rows: how many pages.
         groups_per_part: layer groups that are read together.
         copies: of the parts, one after the other.
     """
 
-    num_pages: int
+    num_rows: int
     groups_per_part: int
     parts: "list[Future[DiskPart]]"
     copies: list[Copy]
@@ -77,7 +77,7 @@ class DiskRead:
         found: dict[int, str] = {}
         for part in self.parts:
             if part.done() and part.exception() is not None:
-                found = {index: "read_failed" for index in range(self.num_pages)}
+                found = {index: "read_failed" for index in range(self.num_rows)}
             elif part.done():
                 found = {**part.result().bad, **found}
         return found
@@ -157,7 +157,7 @@ class DiskTier:
             num_bytes = len(keys) * len(groups) * layout.group_bytes
             copies.append(_carry(self._links.disk_to_host, num_bytes, parts[-1]))
         return DiskRead(
-            num_pages=len(keys), groups_per_part=per_part, parts=parts, copies=copies
+            num_rows=len(keys), groups_per_part=per_part, parts=parts, copies=copies
         )
 
     def _write(

@@ -12,7 +12,6 @@ import numpy as np
 from cachedattn_jax.store.device_pool import DevicePool, split_runs
 from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.evictor import Evictor
-from cachedattn_jax.store.host_tier import Slab
 from cachedattn_jax.store.inbound import Inbound, Load
 from cachedattn_jax.store.lease import Lease
 from cachedattn_jax.store.link import Links
@@ -204,9 +203,7 @@ class Leases:
                 continue
             load = loads.get(id(source))
             if load is None:
-                is_slab = isinstance(source, Slab)
-                num_rows = source.num_rows if is_slab else source.num_pages
-                unused = np.full(num_rows, self._pool.num_slots, np.int32)
+                unused = np.full(source.num_rows, self._pool.num_slots, np.int32)
                 load = Load(slots=unused, source=source, entries=entries)
                 loads[id(source)] = load
             load.slots[row] = slot

@@ -27,6 +27,8 @@ _REFRESH = 0.1
 _FIRST_REFRESH = 64
 # The classes are ranked anew when so much of the last victim's idle time has passed.
 _RANK_AGAIN = 0.02
+# And not more of them for each event than this.
+_RANKED_PER_EVENT = 4
 
 _ClassKey = tuple[str, int, int]
 
@@ -90,6 +92,7 @@ class BestValue(Policy):
             tier: [] for tier in TIERS
         }
         self._ranked_at = dict.fromkeys(TIERS, -math.inf)
+        self._ranked_after = dict.fromkeys(TIERS, 0)
         self._last_idle_s = dict.fromkeys(TIERS, 0.0)
 
     def entered(self, standing: Standing, tier: Tier) -> None:
@@ -118,7 +121,7 @@ class BestValue(Policy):
     def victims(
         self, tier: Tier, now: float, first_ticket: int | float = 0
     ) -> Iterator[Standing]:
-        is_old = now - self._ranked_at[tier] > _RANK_AGAIN * self._last_idle_s[tier]
+        is_old = self._is_ranking_old(tier, now)
         if self._num_events >= self._next_refresh:
             self._refresh(now)
             is_old = True
@@ -150,9 +153,17 @@ class BestValue(Policy):
                 if tier not in of.ranked and of.orders[tier]:
                     self._rank(of, tier, now)
 
+    def _is_ranking_old(self, tier: Tier, now: float) -> bool:
+        """Whether values have changed, and events since pay for looking at them all."""
+        num_events = self._num_events - self._ranked_after[tier]
+        if num_events * _RANKED_PER_EVENT < len(self._classes):
+            return False
+        return now - self._ranked_at[tier] > _RANK_AGAIN * self._last_idle_s[tier]
+
     def _rank_all(self, tier: Tier, now: float) -> None:
         self._ranking[tier].clear()
         self._ranked_at[tier] = now
+        self._ranked_after[tier] = self._num_events
         for of in self._classes.values():
             of.ranked.discard(tier)
             if of.orders[tier]:
