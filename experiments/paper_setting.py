@@ -20,7 +20,6 @@ from typing import Literal
 import numpy as np
 
 from cachedattn_jax.simulator.hardware import MACHINES, MODELS, linear_constants
-from cachedattn_jax.simulator.simulation import Simulation
 from cachedattn_jax.simulator.system import Allocation, Overflow, Reuse, System
 from cachedattn_jax.simulator.trace import Trace
 from cachedattn_jax.store.placement.placement_config import PlacementConfig
@@ -219,20 +218,17 @@ def mean_tokens(
 ) -> tuple[float, float]:
     """Mean tokens of a recomputed prompt, truncated to the window, and of a reply."""
     trace = _trace(num_sessions, 1.0, 0.0, reply_scale, seed)
-    shape = next(m for m in MODELS.values() if m.window == window)
-    system = System(
-        model=shape,
-        constants=linear_constants(
-            prefill_s_per_token=1e-9,
-            decode_step_s=1e-9,
-            host_link_bytes_per_s=1e9,
-            disk_read_bytes_per_s=1e9,
-            disk_write_bytes_per_s=1e9,
-        ),
-        host_bytes=0,
-        disk_bytes=0,
-        reuse="recompute",
-    )
-    played = Simulation(trace, system).run()
-    prompt = played.turns["new"] + played.turns["recomputed"]
-    return float(prompt.mean()), float(np.mean(trace.output_tokens))
+    new_tokens, outputs = trace.new_tokens.tolist(), trace.output_tokens.tolist()
+    firsts = set(trace.first_row.tolist())
+    total = context = 0
+    for row, (new, output) in enumerate(zip(new_tokens, outputs, strict=True)):
+        context = 0 if row in firsts else context
+        # Half of the window is dropped from the front as often as the rest needs it.
+        while context and context + new >= window:
+            context = max(0, context - window // 2)
+        prompt = context + min(new, window - 1)
+        total += prompt
+        context = prompt + output
+        while context > window:
+            context -= window // 2
+    return total / trace.num_turns, float(np.mean(trace.output_tokens))

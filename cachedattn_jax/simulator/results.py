@@ -55,8 +55,7 @@ class Simulated:
     Attributes:
         busy: of each replica.
         counters, bytes_moved: summed over the replicas.
-        bookkeeping_s: real seconds spent in the store and in placement.
-        wall_s: real seconds of all.
+        wall_s, cpu_s: real seconds that it took, and those of one core.
     """
 
     turns: Results
@@ -65,6 +64,7 @@ class Simulated:
     bytes_moved: Mapping[str, float]
     end_s: float
     wall_s: float
+    cpu_s: float
     moves: list[tuple[str, int, int]] = field(default_factory=list)
 
     def measured(self, num_warm_up: int = 0, num_turns: int | None = None) -> "Window":

@@ -77,7 +77,7 @@ class Simulation:
 
     def run(self) -> Simulated:
         """Plays all of it."""
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         arrivals = self.trace.arrival_s.tolist()
         next_session, num_sessions = 0, len(arrivals)
         turns, wakes = self._turns, self._wakes
@@ -103,7 +103,9 @@ class Simulation:
                 if self._wake_at[number] == wakes_at:
                     self._wake_at[number] = infinity
                     self._wake(number, now)
-        return self._simulated(time.perf_counter() - began)
+        return self._simulated(
+            time.perf_counter() - began, time.process_time() - cpu_began
+        )
 
     def _submit(self, session: int, place: int, now: float) -> None:
         row = self._first_row[session] + place
@@ -156,7 +158,7 @@ class Simulation:
             return max(now, turn.arrived_s + self._think_s[turn.row + 1])
         return self._schedule(turn.session, turn.place + 1, now)
 
-    def _simulated(self, wall_s: float) -> Simulated:
+    def _simulated(self, wall_s: float, cpu_s: float) -> Simulated:
         counters: Counter[str] = Counter()
         moved: Counter[str] = Counter()
         for replica in self.replicas:
@@ -171,5 +173,6 @@ class Simulation:
             bytes_moved=dict(moved),
             end_s=max(replica.clock for replica in self.replicas),
             wall_s=wall_s,
+            cpu_s=cpu_s,
             moves=self.replicas[0].store.moves or [],
         )
