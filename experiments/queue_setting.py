@@ -31,7 +31,7 @@ class QueueSetting:
             trace, or the path of a file: raw requests in Mooncake's format, or, where
             its name contains "sessions", sessions that are linked already.
         num_sessions, think_mu, think_sigma, load: of generated conversations; the load
-            counts all turns as hits.
+            counts half of all history as recomputed.
         host_share: of the capacity that is host memory; the rest is disk.
         warm_up: share of the time of arrivals that is not measured.
     """
@@ -39,13 +39,13 @@ class QueueSetting:
     model: str = "llama-3-8b"
     machine: str = "1xh200"
     trace: str = "sharegpt"
-    num_sessions: int = 20_000
+    num_sessions: int = 10_000
     think_mu: float = 4.9
     think_sigma: float = 1.0
     load: float = 0.7
     max_batch: int = 24
     host_share: float = 0.25
-    warm_up: float = 0.2
+    warm_up: float = 0.25
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -138,10 +138,14 @@ def _read(name: str):
 
 def _sessions_per_s(setting: QueueSetting, trace: Trace) -> float:
     """Arrivals that keep the machine busy for the share `load` of the time."""
-    constants = MACHINES[setting.machine].constants(
-        MODELS[setting.model], batch=setting.max_batch
-    )
-    prefill_s = constants.prefill[1].base_s * float(np.mean(trace.new_tokens))
+    model = MODELS[setting.model]
+    constants = MACHINES[setting.machine].constants(model, batch=setting.max_batch)
+    added = trace.new_tokens + trace.output_tokens
+    before = np.cumsum(added) - added
+    starts = np.repeat(before[trace.first_row[:-1]], trace.turns_per_session)
+    history = np.minimum(before - starts, model.window)
+    computed = float(np.mean(trace.new_tokens) + np.mean(history) / 2)
+    prefill_s = constants.prefill[1].base_s * computed
     reply_tokens = float(np.mean(trace.output_tokens))
     decode_s = constants.decode_step_s * reply_tokens / setting.max_batch
     turns_per_s = setting.load / (prefill_s + decode_s)

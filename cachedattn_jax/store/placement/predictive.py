@@ -16,8 +16,9 @@ from cachedattn_jax.store.placement.return_times import (
 from cachedattn_jax.store.placement.standing import Standing
 from cachedattn_jax.store.placement.tier import TIERS, Tier
 
-# Classes: finished turns up to these, and sizes by powers of this.
-_TURNS = (1, 2, 4, 8, 16)
+# Classes: finished turns up to powers of two, the last without end, and sizes by powers
+# of this.
+_NUM_TURN_CLASSES = 6
 _SIZE_RATIO = 1.5
 _PER_LOG_SIZE = 1 / math.log(_SIZE_RATIO)
 # Tenants that get classes of their own; all others share theirs.
@@ -39,9 +40,10 @@ class _Class:
 
     Attributes:
         number: its place among the classes.
-        turns: of `_TURNS`.
+        turns: class of its number of finished turns.
         ranked: tiers in whose ranking it stands.
-        rates: by bin of the idle time, returns per second of being held.
+        worth: by bin of the idle time, returns per second of being held, times the
+            benefit of one, over bytes.
         rises: whether a fresh conversation can be worth less than an older one.
         orders: by tier, its idle sessions by the time since when they are.
         mean_bytes, mean_tokens: of a session when it became idle, moving.
@@ -51,7 +53,7 @@ class _Class:
     turns: int
     ranked: set[Tier] = field(default_factory=set)
     times: ReturnTimes = field(default_factory=ReturnTimes)
-    rates: list[float] = field(default_factory=list)
+    worth: list[float] = field(default_factory=list)
     rises: bool = False
     orders: dict[Tier, SortedDict] = field(
         default_factory=lambda: {tier: SortedDict() for tier in TIERS}
@@ -81,10 +83,9 @@ class BestValue(Policy):
     def __init__(self, token_weight: float = 0.0) -> None:
         self._token_weight = token_weight
         self._classes: dict[_ClassKey, _Class] = {}
-        self._by_turns = [ReturnTimes() for _ in range(len(_TURNS) + 1)]
-        self._class_of: dict[Standing, _Class] = {}
+        self._by_turns = [ReturnTimes() for _ in range(_NUM_TURN_CLASSES)]
         self._tenants: set[str] = set()
-        self._first_rates = return_rates(ReturnTimes().hazard(0.0)).tolist()
+        self._first_worth = return_rates(ReturnTimes().hazard(0.0)).tolist()
         self._num_events = 0
         self._next_refresh = 0
         # By tier: (value of the worst session, number, class), a heap.
@@ -164,10 +165,14 @@ class BestValue(Policy):
         self._ranking[tier].clear()
         self._ranked_at[tier] = now
         self._ranked_after[tier] = self._num_events
+        heap = self._ranking[tier]
         for of in self._classes.values():
             of.ranked.discard(tier)
-            if of.orders[tier]:
-                self._rank(of, tier, now)
+            worst = self._worst(of, tier, now, 0, 0)
+            if worst is not None:
+                of.ranked.add(tier)
+                heap.append((worst[0], of.number, of))
+        heapq.heapify(heap)
 
     def _rank(self, of: _Class, tier: Tier, now: float) -> None:
         """Puts a class in its place among those with idle sessions in the tier."""
@@ -189,22 +194,17 @@ class BestValue(Policy):
         if left < 1:
             return None
         oldest, standing = order.peekitem(front)
-        value = self._value(of, now - oldest[0])
+        value = of.worth[bin_of(now - oldest[0])]
         if of.rises and left > 1:
             youngest, other = order.peekitem(-1 - back)
-            other_value = self._value(of, now - youngest[0])
+            other_value = of.worth[bin_of(now - youngest[0])]
             if other_value < value:
                 return other_value, True, other
         return value, False, standing
 
-    def _value(self, of: _Class, idle_s: float) -> float:
-        benefit = of.mean_tokens**self._token_weight if self._token_weight else 1.0
-        return of.rates[bin_of(idle_s)] * benefit / max(1.0, of.mean_bytes)
-
     def _class(self, standing: Standing) -> _Class:
-        turns = 0
-        while turns < len(_TURNS) and standing.num_turns > _TURNS[turns]:
-            turns += 1
+        turns = max(0, standing.num_turns - 1).bit_length()
+        turns = min(turns, _NUM_TURN_CLASSES - 1)
         size = int(math.log(max(1, standing.num_tokens)) * _PER_LOG_SIZE)
         tenant = standing.tenant
         if tenant not in self._tenants:
@@ -216,7 +216,7 @@ class BestValue(Policy):
         found = self._classes.get(key)
         if found is None:
             found = self._classes[key] = _Class(len(self._classes), turns)
-            found.rates = self._first_rates
+            found.worth = self._first_worth
             self._next_refresh = self._num_events
         return found
 
@@ -224,7 +224,8 @@ class BestValue(Policy):
         priors = [times.hazard(now) for times in self._by_turns]
         for of in self._classes.values():
             rates = return_rates(of.times.hazard(now, priors[of.turns]))
-            of.rates = rates.tolist()
+            benefit = of.mean_tokens**self._token_weight
+            of.worth = (rates * (benefit / max(1.0, of.mean_bytes))).tolist()
             of.rises = bool(rates[0] < rates.max())
         self._next_refresh = self._num_events + max(
             _FIRST_REFRESH, int(_REFRESH * min(self._num_events, 20_000))
