@@ -26,7 +26,7 @@ class Outcome:
     Attributes:
         hit, hit_host, hit_disk, hit_device: percent of turns, as the setting counts
             first turns.
-        hit_later: percent of turns that have a history.
+        hit_all, hit_later: percent of all turns, and of those that have a history.
         hit_tokens: percent of history tokens.
         ttft_s: mean prefill time, which is the paper's TTFT.
         ttft_queue_s: with the wait in the queue: mean, p50, p95, p99.
@@ -40,6 +40,7 @@ class Outcome:
     hit_host: float
     hit_disk: float
     hit_device: float
+    hit_all: float
     hit_later: float
     hit_tokens: float
     ttft_s: float
@@ -95,6 +96,7 @@ def outcome(
         hit_host=hit("host"),
         hit_disk=hit("disk"),
         hit_device=hit("device"),
+        hit_all=100 * window.hit_rate(),
         hit_later=100 * window.hit_rate(counts_first=False),
         hit_tokens=100 * window.hit_rate(by="tokens", counts_first=False),
         ttft_s=ttft["mean"],
