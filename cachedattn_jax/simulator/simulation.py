@@ -153,10 +153,20 @@ class Simulation:
             self._on_turns(self._num_ended)
         is_last = turn.row + 1 == self._first_row[turn.session + 1]
         if is_last:
+            if self._closes:
+                self._close(turn.session)
             return None
         if self.trace.is_open_loop:
             return max(now, turn.arrived_s + self._think_s[turn.row + 1])
         return self._schedule(turn.session, turn.place + 1, now)
+
+    def _close(self, session: int) -> None:
+        """Tells every replica that may hold some of the session."""
+        chosen = self.replicas
+        if self._routing == "affinity":
+            chosen = [self.replicas[self._route(session)]]
+        for replica in chosen:
+            replica.placement.closed(session)
 
     def _simulated(self, wall_s: float, cpu_s: float) -> Simulated:
         counters: Counter[str] = Counter()

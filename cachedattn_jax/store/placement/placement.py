@@ -130,14 +130,17 @@ class Placement:
         self._restore(standing)
         if standing.is_idle:
             self._resting[standing] = None
-            for order in self._orders(standing):
-                order.rested(standing, now)
+            if not standing.is_closed:
+                for order in self._orders(standing):
+                    order.rested(standing, now)
 
     def closed(self, session: Session) -> None:
         """The conversation is over: what is stored of it goes before all else."""
         standing = self.standings.get(session)
         if standing is not None and not standing.is_closed:
             self._mark(standing, is_closed=True)
+            for order in self._orders(standing):
+                order.closed(standing)
 
     def pinned(self, session: Session, is_pinned: bool) -> None:
         """The session's pages stay where they are, or may go again."""

@@ -119,6 +119,12 @@ class BestValue(Policy):
         self._by_turns[of.turns].returned(standing, now)
         self._num_events += 1
 
+    def closed(self, standing: Standing) -> None:
+        # Or those that are left, which do come back, would look like it.
+        of = self._class(standing)
+        of.times.forgot(standing)
+        self._by_turns[of.turns].forgot(standing)
+
     def victims(
         self, tier: Tier, now: float, first_ticket: int | float = 0
     ) -> Iterator[Standing]:

@@ -64,6 +64,10 @@ class ReturnTimes:
         if since is not None:
             self._ended[bin_of(now - since)] += 1
 
+    def forgot(self, standing: Standing) -> None:
+        """Its idle time does not count, neither as ended nor as going on."""
+        self._idle.pop(standing, None)
+
     def hazard(self, now: float, prior: np.ndarray = _PRIOR_HAZARD) -> np.ndarray:
         """By bin: the chance to return in it, for one still idle at its beginning.
 
