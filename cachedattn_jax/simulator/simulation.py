@@ -64,6 +64,8 @@ class Simulation:
         self._rng = np.random.default_rng(seed)
         self._on_turns = on_turns
         self._num_ended = 0
+        # Of sessions whose next turn may go to another replica.
+        self._contexts: dict[int, tuple[int, int]] = {}
         self._order = itertools.count()
         self._turns: list[tuple[float, int, int, int]] = []  # that will come
         self._wakes: list[tuple[float, int, int]] = []
@@ -112,6 +114,7 @@ class Simulation:
         turn = Turn(session, row, place, self._new[row], self._output[row], now)
         number = self._route(session)
         replica = self.replicas[number]
+        turn.context = self._contexts.pop(session, None)
         tenants = self.trace.tenants
         replica.submit(turn, now, tenants[session] if tenants else "")
         if self.trace.is_open_loop:
@@ -149,6 +152,8 @@ class Simulation:
     def _next_arrival(self, turn: Turn, now: float) -> float | None:
         """Called when a turn ends."""
         self._num_ended += 1
+        if self._routing == "random" and turn.context is not None:
+            self._contexts[turn.session] = turn.context
         if self._num_ended % 500 == 0:
             self._on_turns(self._num_ended)
         is_last = turn.row + 1 == self._first_row[turn.session + 1]
