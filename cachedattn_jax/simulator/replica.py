@@ -31,8 +31,6 @@ class Turn:
         disk_s: how long reading them takes in all.
         loads_from_s: since when its pages travel.
         mask: pages that it reuses.
-        context: tokens of its session, and those truncated, after the turn before;
-            after this one, once it has ended. None for a first turn.
     """
 
     session: int
@@ -51,7 +49,6 @@ class Turn:
     num_slots: int = 0
     num_passed: int = 0
     is_staged: bool = False
-    context: tuple[int, int] | None = None
 
 
 class Replica:
@@ -211,7 +208,6 @@ class Replica:
         else:
             self._truncate_after(pages)
         pages.holds -= 1
-        turn.context = pages.num_tokens, pages.num_dropped
         returns_at = self._next_arrival(turn, self.clock)
         self._results["ended_s"][turn.row] = self.clock
         self.scheduler.finish(turn)
@@ -246,7 +242,6 @@ class Replica:
         """Looks up what is stored of a turn and begins to read it from disk."""
         system, store = self.system, self.store
         pages = store.pages(turn.session)
-        self._catch_up(turn, pages)
         self._truncate_before(turn, pages)
         turn.prompt_tokens = pages.num_tokens + turn.new_tokens
         store.arrive(pages, self.clock)
@@ -275,18 +270,6 @@ class Replica:
         if turn.ready_at > self.clock:
             self._staged[turn] = None
         return True
-
-    def _catch_up(self, turn: Turn, pages: Pages) -> None:
-        """Notes what the session did on other replicas since it was here."""
-        if turn.context in (None, (pages.num_tokens, pages.num_dropped)):
-            return
-        num_tokens, num_dropped = turn.context
-        filled = max(0, pages.num_tokens - 1) // self.system.tokens_per_page
-        if num_dropped != pages.num_dropped:
-            filled = 0
-        # A page that was partly filled is another page by now.
-        self.store.truncate(pages, filled)
-        pages.num_tokens, pages.num_dropped = num_tokens, num_dropped
 
     def _read(self, turn: Turn, pages: Pages, mask: int) -> None:
         """Reads pages from disk; the turn may begin when enough groups have come."""
@@ -403,7 +386,6 @@ class Replica:
             dropped = -(-dropped // size) * size
             self.store.shift(pages, dropped // size)
         pages.num_tokens = max(0, pages.num_tokens - dropped)
-        pages.num_dropped += dropped
 
     def _note(self, turn, pages, tokens_from, start_s, seconds, stall_s) -> None:
         row, columns = turn.row, self._results

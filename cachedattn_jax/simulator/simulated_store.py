@@ -25,7 +25,6 @@ class Pages:
         device, host, disk: bit i is set where page i lies in the tier.
         arriving, arrives_at: pages that are on their way from disk to host memory.
         holds: turns that need it to stay where it is.
-        num_dropped: tokens that truncations took from its front.
         is_stale: whether positions baked into its keys are not those it has now.
     """
 
@@ -37,7 +36,6 @@ class Pages:
     arriving: int = 0
     arrives_at: float = 0.0
     holds: int = 0
-    num_dropped: int = 0
     is_stale: bool = False
 
     @property
