@@ -231,23 +231,27 @@ class Placement:
         device, as the last. Lazy: nothing may be reported while it is in use.
 
         Args:
-            spares_next: whether sessions in the prefetch window are exempt. On disk
-                those in the eviction window always are, for policies that look ahead.
+            spares_next: whether sessions in the prefetch window are exempt, whatever
+                the policy. On disk those in the eviction window always are, for
+                policies that look ahead.
         """
         yield from self._closed.victims(tier, now)
-        given: set[Standing] = set()
-        for tenant in self._over_quota():
-            for standing in tenant.policy.victims(tier, now):
-                given.add(standing)
-                yield standing
         first: int | float = 0
         if tier is Tier.DISK:
             room = self._prefetchable_bytes + self._disk_bytes
             first = self._ticket_behind(room)
         elif spares_next:
             first = self._ticket_behind(self._prefetchable_bytes)
+        # What is fetched must not leave again for what is fetched next.
+        is_sparing = spares_next and self.config.is_prefetching
+        given: set[Standing] = set()
+        for tenant in self._over_quota():
+            for standing in tenant.policy.victims(tier, now):
+                if not (is_sparing and _is_before(standing, first)):
+                    given.add(standing)
+                    yield standing
         for standing in self._policy.victims(tier, now, first):
-            if standing not in given:
+            if not (standing in given or (is_sparing and _is_before(standing, first))):
                 yield standing
         if tier is Tier.DEVICE:
             yield from self._pinned.victims(tier, now)
@@ -384,6 +388,10 @@ class Placement:
 
     def _over_quota(self) -> Iterator[_Tenant]:
         return (tenant for tenant in self._tenants.values() if tenant.excess > 0)
+
+
+def _is_before(standing: Standing, ticket: int | float) -> bool:
+    return bool(standing.tickets) and standing.tickets[0] < ticket
 
 
 def _is_stored(standing: Standing) -> bool:
