@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from cachedattn_jax.simulator.replica import Replica, Turn
+from cachedattn_jax.simulator.replica import History, Replica, Turn
 from cachedattn_jax.simulator.results import Results, Simulated
 from cachedattn_jax.simulator.system import System
 from cachedattn_jax.simulator.trace import Trace
@@ -49,12 +49,15 @@ class Simulation:
         self.trace = trace
         self.results = Results(trace.num_turns)
         started = itertools.count()
+        is_shared = num_replicas > 1 and routing == "random"
+        histories: dict[int, History] | None = {} if is_shared else None
         self.replicas = [
             Replica(
                 system,
                 self.results,
                 started,
                 self._next_arrival,
+                histories=histories,
                 keeps_moves=keeps_moves,
             )
             for _ in range(num_replicas)
@@ -105,9 +108,8 @@ class Simulation:
                 if self._wake_at[number] == wakes_at:
                     self._wake_at[number] = infinity
                     self._wake(number, now)
-        return self._simulated(
-            time.perf_counter() - began, time.process_time() - cpu_began
-        )
+        assert all(replica.scheduler.is_idle for replica in self.replicas)
+        return self._simulated(time.perf_counter() - began)
 
     def _submit(self, session: int, place: int, now: float) -> None:
         row = self._first_row[session] + place
@@ -166,14 +168,10 @@ class Simulation:
         return self._schedule(turn.session, turn.place + 1, now)
 
     def _close(self, session: int) -> None:
-        """Tells every replica that may hold some of the session."""
-        chosen = self.replicas
-        if self._routing == "affinity":
-            chosen = [self.replicas[self._route(session)]]
-        for replica in chosen:
+        for replica in self.replicas:
             replica.placement.closed(session)
 
-    def _simulated(self, wall_s: float, cpu_s: float) -> Simulated:
+    def _simulated(self, wall_s: float) -> Simulated:
         counters: Counter[str] = Counter()
         moved: Counter[str] = Counter()
         for replica in self.replicas:

@@ -40,10 +40,9 @@ class _Class:
 
     Attributes:
         number: its place among the classes.
-        turns: class of its number of finished turns.
-        ranked: tiers in whose ranking it stands.
-        worth: by bin of the idle time, returns per second of being held, times the
-            benefit of one, over bytes.
+        turns: of `_TURNS`.
+        ranked: by tier in whose ranking it stands, the value that it stands there by.
+        rates: by bin of the idle time, returns per second of being held.
         rises: whether a fresh conversation can be worth less than an older one.
         orders: by tier, its idle sessions by the time since when they are.
         mean_bytes, mean_tokens: of a session when it became idle, moving.
@@ -51,7 +50,7 @@ class _Class:
 
     number: int
     turns: int
-    ranked: set[Tier] = field(default_factory=set)
+    ranked: dict[Tier, float] = field(default_factory=dict)
     times: ReturnTimes = field(default_factory=ReturnTimes)
     worth: list[float] = field(default_factory=list)
     rises: bool = False
@@ -88,7 +87,8 @@ class BestValue(Policy):
         self._first_worth = return_rates(ReturnTimes().hazard(0.0)).tolist()
         self._num_events = 0
         self._next_refresh = 0
-        # By tier: (value of the worst session, number, class), a heap.
+        # By tier: (value of the worst session, number, class), a heap. Entries whose
+        # value is not the one that the class stands by any more are passed over.
         self._ranking: dict[Tier, list[tuple[float, int, _Class]]] = {
             tier: [] for tier in TIERS
         }
@@ -140,24 +140,29 @@ class BestValue(Policy):
         try:
             while heap:
                 value, _, of = heap[0]
+                if of.ranked.get(tier) != value:
+                    heapq.heappop(heap)
+                    continue
                 front, back = given.get(of, (0, 0))
                 worst = self._worst(of, tier, now, front, back)
                 if worst is None:
                     heapq.heappop(heap)
-                    of.ranked.discard(tier)
+                    del of.ranked[tier]
                     continue
                 current, is_youngest, standing = worst
                 # A class is ranked by what its worst session was worth a while ago.
                 if current > value and len(heap) > 1:
                     heapq.heapreplace(heap, (current, of.number, of))
+                    of.ranked[tier] = current
                     if heap[0][2] is not of:
                         continue
                 given[of] = (front, back + 1) if is_youngest else (front + 1, back)
                 self._last_idle_s[tier] = now - standing.used_at
                 yield standing
         finally:
+            # Whoever asked may have taken none of them.
             for of in given:
-                if tier not in of.ranked and of.orders[tier]:
+                if of.orders[tier]:
                     self._rank(of, tier, now)
 
     def _is_ranking_old(self, tier: Tier, now: float) -> bool:
@@ -173,18 +178,17 @@ class BestValue(Policy):
         self._ranked_after[tier] = self._num_events
         heap = self._ranking[tier]
         for of in self._classes.values():
-            of.ranked.discard(tier)
-            worst = self._worst(of, tier, now, 0, 0)
-            if worst is not None:
-                of.ranked.add(tier)
-                heap.append((worst[0], of.number, of))
-        heapq.heapify(heap)
+            of.ranked.pop(tier, None)
+            if of.orders[tier]:
+                self._rank(of, tier, now)
 
     def _rank(self, of: _Class, tier: Tier, now: float) -> None:
         """Puts a class in its place among those with idle sessions in the tier."""
         worst = self._worst(of, tier, now, 0, 0)
         assert worst is not None
-        of.ranked.add(tier)
+        if of.ranked.get(tier) == worst[0]:
+            return
+        of.ranked[tier] = worst[0]
         heapq.heappush(self._ranking[tier], (worst[0], of.number, of))
 
     def _worst(

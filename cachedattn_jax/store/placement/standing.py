@@ -44,11 +44,6 @@ class Standing:
     is_pinned: bool = False
 
     @property
-    def is_ranked(self) -> bool:
-        """Whether policies have a say: it may go, and nothing says that it must."""
-        return not (self.num_running or self.is_pinned or self.is_closed)
-
-    @property
     def is_idle(self) -> bool:
         """Whether nobody waits for it."""
         return not self.tickets and not self.num_running
