@@ -67,8 +67,6 @@ class Simulation:
         self._rng = np.random.default_rng(seed)
         self._on_turns = on_turns
         self._num_ended = 0
-        # Of sessions whose next turn may go to another replica.
-        self._contexts: dict[int, tuple[int, int]] = {}
         self._order = itertools.count()
         self._turns: list[tuple[float, int, int, int]] = []  # that will come
         self._wakes: list[tuple[float, int, int]] = []
@@ -109,14 +107,15 @@ class Simulation:
                     self._wake_at[number] = infinity
                     self._wake(number, now)
         assert all(replica.scheduler.is_idle for replica in self.replicas)
-        return self._simulated(time.perf_counter() - began)
+        return self._simulated(
+            time.perf_counter() - began, time.process_time() - cpu_began
+        )
 
     def _submit(self, session: int, place: int, now: float) -> None:
         row = self._first_row[session] + place
         turn = Turn(session, row, place, self._new[row], self._output[row], now)
         number = self._route(session)
         replica = self.replicas[number]
-        turn.context = self._contexts.pop(session, None)
         tenants = self.trace.tenants
         replica.submit(turn, now, tenants[session] if tenants else "")
         if self.trace.is_open_loop:
@@ -154,8 +153,6 @@ class Simulation:
     def _next_arrival(self, turn: Turn, now: float) -> float | None:
         """Called when a turn ends."""
         self._num_ended += 1
-        if self._routing == "random" and turn.context is not None:
-            self._contexts[turn.session] = turn.context
         if self._num_ended % 500 == 0:
             self._on_turns(self._num_ended)
         is_last = turn.row + 1 == self._first_row[turn.session + 1]
@@ -168,10 +165,13 @@ class Simulation:
         return self._schedule(turn.session, turn.place + 1, now)
 
     def _close(self, session: int) -> None:
-        for replica in self.replicas:
+        chosen = self.replicas
+        if self._routing == "affinity":
+            chosen = [self.replicas[self._route(session)]]
+        for replica in chosen:
             replica.placement.closed(session)
 
-    def _simulated(self, wall_s: float) -> Simulated:
+    def _simulated(self, wall_s: float, cpu_s: float) -> Simulated:
         counters: Counter[str] = Counter()
         moved: Counter[str] = Counter()
         for replica in self.replicas:

@@ -156,8 +156,9 @@ class Placement:
         self._restore(standing)
         if standing.is_idle:
             self._resting[standing] = now
-            for policy in self._policies(standing):
-                policy.rested(standing, now)
+            if not standing.is_closed:
+                for policy in self._policies(standing):
+                    policy.rested(standing, now)
 
     def closed(self, session: Session) -> None:
         """The conversation is over: what is stored of it goes before all else.
@@ -167,8 +168,8 @@ class Placement:
         standing = self.standings.get(session)
         if standing is not None and not standing.is_closed:
             self._mark(standing, is_closed=True)
-            for order in self._orders(standing):
-                order.closed(standing)
+            for policy in self._policies(standing):
+                policy.closed(standing)
 
     def pinned(self, session: Session, is_pinned: bool, tenant: str = "") -> None:
         """The session's pages stay below the device, or may go again.

@@ -179,8 +179,11 @@ class BestValue(Policy):
         heap = self._ranking[tier]
         for of in self._classes.values():
             of.ranked.pop(tier, None)
-            if of.orders[tier]:
-                self._rank(of, tier, now)
+            worst = self._worst(of, tier, now, 0, 0)
+            if worst is not None:
+                of.ranked[tier] = worst[0]
+                heap.append((worst[0], of.number, of))
+        heapq.heapify(heap)
 
     def _rank(self, of: _Class, tier: Tier, now: float) -> None:
         """Puts a class in its place among those with idle sessions in the tier."""
