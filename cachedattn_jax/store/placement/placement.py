@@ -62,13 +62,16 @@ class Placement:
         # Closed sessions go before all others, pinned ones after them.
         self._closed, self._pinned = LRU(), LRU()
         self._tenants: dict[str, _Tenant] = {}
-        # Idle sessions, with the time since when they are.
+        # Idle sessions, with the time since when they are, if that is ever asked for.
+        self._has_ttl = config.ttl_s is not None
         self._resting: OrderedDict[Standing, float] = OrderedDict()
         # Waiting turns by ticket: all, and the first of sessions with pages to fetch.
         self._queue: SortedDict = SortedDict()
         self._to_fetch: SortedDict = SortedDict()
         self._num_born = 0
         self._num_entries = 0
+        # A dictionary for each session, which one policy only asks for.
+        self._notes_entries = config.policy == "fifo"
         self._running_host_bytes = 0
         self._stored_kv_bytes = 0
         self._num_stored = 0
@@ -116,7 +119,8 @@ class Placement:
         if rest:
             self._announce(standing)
         elif standing.is_idle:
-            self._resting[standing] = now
+            if self._has_ttl:
+                self._resting[standing] = now
 
     def started(self, session: Session, now: float) -> None:
         """A turn of the session, which has left the queue, runs from now on."""
@@ -155,7 +159,8 @@ class Placement:
         standing.used_at, standing.returns_at = now, returns_at
         self._restore(standing)
         if standing.is_idle:
-            self._resting[standing] = now
+            if self._has_ttl:
+                self._resting[standing] = now
             if not standing.is_closed:
                 for policy in self._policies(standing):
                     policy.rested(standing, now)
@@ -180,7 +185,8 @@ class Placement:
         if standing.is_pinned == is_pinned:
             return
         self._mark(standing, is_pinned=is_pinned)
-        if not is_pinned and standing.is_idle and standing.num_turns:
+        is_waiting = standing.is_idle and standing.num_turns
+        if self._has_ttl and not is_pinned and is_waiting:
             # Its time was over while it could not go.
             self._resting.setdefault(standing, standing.used_at)
             self._resting.move_to_end(standing, last=False)
@@ -207,11 +213,14 @@ class Placement:
             held[tier] = num_bytes
         elif num_bytes:
             self._num_entries += 1
-            held[tier], standing.entered[tier] = num_bytes, self._num_entries
+            held[tier] = num_bytes
+            if self._notes_entries:
+                standing.entered[tier] = self._num_entries
             self._enter(standing, tier)
         else:
             self._leave(standing, tier)
-            del held[tier], standing.entered[tier]
+            del held[tier]
+            standing.entered.pop(tier, None)
         if tier is not Tier.DEVICE:
             self._account(standing, tier, num_bytes - before, was_stored)
 

@@ -5,12 +5,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 from sortedcontainers import SortedDict
 
 from cachedattn_jax.store.placement.policy import Policy
 from cachedattn_jax.store.placement.return_times import (
     ReturnTimes,
     bin_of,
+    hazard,
     return_rates,
 )
 from cachedattn_jax.store.placement.standing import Standing
@@ -82,9 +84,8 @@ class BestValue(Policy):
     def __init__(self, token_weight: float = 0.0) -> None:
         self._token_weight = token_weight
         self._classes: dict[_ClassKey, _Class] = {}
-        self._by_turns = [ReturnTimes() for _ in range(_NUM_TURN_CLASSES)]
         self._tenants: set[str] = set()
-        self._first_worth = return_rates(ReturnTimes().hazard(0.0)).tolist()
+        self._first_worth = return_rates(hazard(ReturnTimes().counts(0.0))).tolist()
         self._num_events = 0
         self._next_refresh = 0
         # By tier: (value of the worst session, number, class), a heap. Entries whose
@@ -110,20 +111,16 @@ class BestValue(Policy):
         of = self._class(standing)
         of.note_size(standing)
         of.times.rested(standing, now)
-        self._by_turns[of.turns].rested(standing, now)
         self._num_events += 1
 
     def returned(self, standing: Standing, now: float) -> None:
         of = self._class(standing)
         of.times.returned(standing, now)
-        self._by_turns[of.turns].returned(standing, now)
         self._num_events += 1
 
     def closed(self, standing: Standing) -> None:
         # Or those that are left, which do come back, would look like it.
-        of = self._class(standing)
-        of.times.forgot(standing)
-        self._by_turns[of.turns].forgot(standing)
+        self._class(standing).times.forgot(standing)
 
     def victims(
         self, tier: Tier, now: float, first_ticket: int | float = 0
@@ -234,9 +231,14 @@ class BestValue(Policy):
         return found
 
     def _refresh(self, now: float) -> None:
-        priors = [times.hazard(now) for times in self._by_turns]
-        for of in self._classes.values():
-            rates = return_rates(of.times.hazard(now, priors[of.turns]))
+        counts = {of: of.times.counts(now) for of in self._classes.values()}
+        # Few were seen of most classes: they are drawn towards all with as many turns.
+        by_turns: dict[int, np.ndarray] = {}
+        for of, found in counts.items():
+            by_turns[of.turns] = by_turns.get(of.turns, 0.0) + found
+        priors = {turns: hazard(found) for turns, found in by_turns.items()}
+        for of, found in counts.items():
+            rates = return_rates(hazard(found, priors[of.turns]))
             benefit = of.mean_tokens**self._token_weight
             of.worth = (rates * (benefit / max(1.0, of.mean_bytes))).tolist()
             of.rises = bool(rates[0] < rates.max())

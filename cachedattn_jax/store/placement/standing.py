@@ -22,7 +22,8 @@ class Standing:
         returns_at: when its next turn will come; only an oracle can say.
         tickets: places in the queue of its waiting turns, soonest first.
         num_bytes: bytes in each tier; a tier without any is not in it.
-        entered: for the same tiers, a number that grows with every entry.
+        entered: for the same tiers, a number that grows with every entry, where the
+            policy is FIFO.
         disk_only_bytes: of those on disk, bytes in no faster tier.
         num_running: turns that run now.
     """
