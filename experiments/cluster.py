@@ -10,7 +10,7 @@ Expected: hits with affinity do not depend on N; at random they fall as 1 / N. T
 and memory of a replica are a tenth of what a GPU takes, so that 1,000 fit a laptop.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -67,7 +67,7 @@ def run(
         raise ValueError(f"trace={setting.trace!r} must be 'sharegpt', which can grow")
     if list(num_replicas) != sorted(set(num_replicas)) or len(num_replicas) < 2:
         raise ValueError(f"num_replicas={num_replicas} must be two or more that grow")
-    jobs = {
+    jobs: dict[tuple[int, Routing], Callable[[], Served]] = {
         (count, routing): partial(
             serve,
             replace(

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from cachedattn_jax.run_directory import RunDirectory
 from cachedattn_jax.simulator.simulation import Simulation
 from cachedattn_jax.simulator.trace import Trace
 from experiments import cluster, placement, short_queues
@@ -102,7 +103,7 @@ def test_jobs_return_in_order_and_raise_what_a_job_raised():
         run_jobs({0: functools.partial(int, "x"), 1: int}, "jobs", 2)
 
 
-def test_policies_claim_the_distance_from_the_paper():
+def test_policies_claim_the_distance_from_the_paper(tmp_path):
     outcomes = {
         (policy, 10, is_prefetching): play(
             SMALL,
@@ -121,7 +122,7 @@ def test_policies_claim_the_distance_from_the_paper():
     as_published = placement.as_published(outcomes)
     assert as_published["lru", 10] is outcomes["lru", 10, False]
     with pytest.raises(ValueError, match="lacks"):
-        placement.run(None, policies=("lru",))
+        placement.run(RunDirectory(tmp_path), policies=("lru",))
 
 
 SHORT = QueueSetting(num_sessions=150, think_sigma=1.0)
