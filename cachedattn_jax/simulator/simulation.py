@@ -181,5 +181,5 @@ class Simulation:
             bytes_moved=dict(moved),
             end_s=max(replica.clock for replica in self.replicas),
             wall_s=wall_s,
-            moves=self.replicas[0].store.moves or [],
+            moves=self.replicas[0].placement.moves or [],
         )

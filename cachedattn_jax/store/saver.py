@@ -80,6 +80,10 @@ class Saver:
         self._flights: deque[_Flight] = deque()
         self._waiting: deque[_Run] = deque()
 
+    @property
+    def under_way(self) -> list[Copy]:
+        return [flight.copy for flight in self._flights]
+
     def ask(self, entries: Iterable[PageEntry], turn: str) -> int:
         """Puts pages of a turn in the queue of those to be saved; how many are new."""
         queue = self._queue.setdefault(turn, {})
@@ -185,6 +189,7 @@ class Saver:
                 continue
             entry.slab, entry.row = slab, row
             self._index.place(entry, Tier.HOST)
+            self._index.placement.moved("save", entry.session, 1)
 
     def _fits(self, num_bytes: int) -> bool:
         """Whether the buffer takes so many bytes; an empty one takes any."""
