@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import jax
 
+from cachedattn_jax.store.budget import SAVED_TOGETHER
 from cachedattn_jax.store.device_pool import DevicePool, split_runs
 from cachedattn_jax.store.evictor import Evictor
 from cachedattn_jax.store.host_tier import HostTier, Slab
@@ -20,9 +21,6 @@ from cachedattn_jax.store.page_index import PageEntry, PageIndex
 from cachedattn_jax.store.placement.tier import Tier
 from cachedattn_jax.store.watcher import Watcher
 from cachedattn_jax.timeline import Timeline
-
-# While replies grow, pages that fill up leave the device so many at a time.
-_BATCH_PAGES = 4
 
 
 @dataclass(eq=False, kw_only=True)
@@ -98,7 +96,7 @@ class Saver:
         """Starts saving queued pages of turns that have some; never waits."""
         self._settle()
         self._admit_waiting()
-        for turn in [t for t, q in self._queue.items() if len(q) >= _BATCH_PAGES]:
+        for turn in [t for t, q in self._queue.items() if len(q) >= SAVED_TOGETHER]:
             if not self.save_queued(turn):
                 return
 
