@@ -9,9 +9,10 @@ Nothing may depend on which of two copies ends first, so the clock is a recorded
 turn is sent when so many others have ended, turns run one at a time, and the engine
 settles its copies between two steps, as virtual time does. A turn is leased when it
 starts (`max_staged=0`); reading a turn ahead over the device link is the matter of
-`overlap_preload`. Sessions leave as a whole, and turns end with a full page: host memory
-of the engine is charged in runs of pages until the last of a run has left, which the
-simulator does not know. `predictive` depends on the seconds themselves and is left out.
+`overlap_preload`. Sessions leave as a whole, and turns end with a full page: host
+memory of the engine is charged in runs of pages until the last of a run has left, which
+the simulator does not know. `predictive` depends on the seconds themselves and is left
+out.
 
     cachedattn run configs/simulator_check.gin        2 CPU cores, about 3 minutes
 
@@ -255,7 +256,7 @@ def _serve(
     if errors := [turn.error for turn in turns.values() if turn.error is not None]:
         raise errors[0]
     by_name = {str(s): s for s in range(len(asks))}
-    moves = [
+    moves: list[Move] = [
         (what, by_name[str(session).rsplit("/", 1)[-1]], num)
         for what, session, num in store.placement.moves
     ]

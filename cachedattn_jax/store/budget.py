@@ -13,8 +13,7 @@ from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.link import EmulatedLink
 from cachedattn_jax.store.placement.placement_config import PlacementConfig
 
-# While a turn runs, its new pages leave the device so many at a time; fewer wait for its
-# end.
+# While a turn runs, its new pages leave the device so many at a time, or at its end.
 SAVED_TOGETHER = 4
 WRITE_POLICIES = ("write_through", "write_back", "write_through_selective")
 
