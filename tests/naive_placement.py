@@ -129,7 +129,9 @@ class NaivePlacement:
         }[self.policy]
         policy = by("idle", key) + by("live", key)
         queued = by("queued", lambda o: -o.tickets[0])
-        policy += [o for o in queued if o.tickets[0] not in exempt]
+        if not self.looks_ahead and tier is Tier.DISK:
+            exempt = set()
+        policy = [o for o in policy + queued if not exempt & set(o.tickets[:1])]
         if tenant is not None:
             return [o.name for o in by("closed", stamp) + policy]
         tenants = {
@@ -140,7 +142,7 @@ class NaivePlacement:
             o
             for t in over
             for o in by("idle", key) + by("live", key) + queued
-            if o.tenant == t
+            if o.tenant == t and (tier is Tier.DISK or not exempt & set(o.tickets[:1]))
         ]
         whole = by("closed", stamp) + first + [o for o in policy if o not in first]
         if tier is Tier.DEVICE:

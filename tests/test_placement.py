@@ -1,5 +1,6 @@
 """Who goes and who comes, against sorted lists and the examples of the paper."""
 
+import itertools
 import math
 
 import numpy as np
@@ -468,7 +469,7 @@ def test_quotas_are_those_of_the_naive_model(policy, operations):
         assert standing.tenant == "small"
         assert not (standing.is_pinned or standing.num_running)
         pair.real.resized(standing.session, tier, 0)
-        pair.naive.resize(standing.session, tier, 0)
+        pair.naive.resize(str(standing.session), tier, 0)
     if "small" in {o.tenant for o in pair.naive.known.values()}:
         kept = [o for o in pair.naive.known.values() if o.tenant == "small"]
         if not any(o.pinned or o.running for o in kept):
@@ -532,13 +533,13 @@ def test_an_iteration_that_is_broken_off_changes_no_later_answer(policy):
         )
     whole = names(placement.victims(Tier.HOST, 40.0))
     for number in (1, 5, 29):
-        part = [s for s, _ in zip(placement.victims(Tier.HOST, 40.0), range(number))]
+        part = itertools.islice(placement.victims(Tier.HOST, 40.0), number)
         assert names(part) == whole[:number]
     assert names(placement.victims(Tier.HOST, 40.0)) == whole
 
 
 def test_mean_sizes_follow_what_is_stored():
-    """The window counts sessions of mean size: those below the device, and only them."""
+    """The window counts sessions of mean size: those below the device, no others."""
     placement = placed("lookahead", host=12, disk=0)
     for ticket, (session, size) in enumerate({"a": 2, "b": 6, "c": 100}.items()):
         tier = Tier.DEVICE if session == "c" else Tier.HOST
@@ -558,6 +559,6 @@ def test_limits_of_the_configuration_are_named():
         ({"granularity": "bytes"}, "granularity='bytes'"),
     ):
         with pytest.raises(ValueError, match=named):
-            PlacementConfig(**wrong)
+            PlacementConfig(**wrong)  # type: ignore
     with pytest.raises(ValueError, match="did you mean 'lru'"):
         PlacementConfig(policy="lur")

@@ -17,6 +17,7 @@ from cachedattn_jax.engine.scheduler import Scheduler
 from cachedattn_jax.simulator.results import Busy, Results
 from cachedattn_jax.simulator.simulated_store import Pages, SimulatedStore
 from cachedattn_jax.simulator.system import System
+from cachedattn_jax.store.budget import SAVED_TOGETHER
 from cachedattn_jax.store.placement.placement import Placement
 
 
@@ -195,8 +196,11 @@ class Replica:
             turn.num_slots = self._num_pages(turn) - pages.device.bit_count()
             store.reserve_slots(turn.num_slots)
             # The page that the new tokens fill up is not the one that was stored.
-            tail = max(0, pages.num_tokens - 1) // system.tokens_per_page
-            store.save(pages, ((1 << num_full) - 1) & ~(1 << tail), self.clock)
+            tail, filled = divmod(pages.num_tokens - 1, system.tokens_per_page)
+            grown = 1 << tail if pages.num_tokens and filled else 0
+            fresh = ((1 << num_full) - 1) & ~(grown | pages.host | pages.disk)
+            if fresh.bit_count() >= SAVED_TOGETHER:
+                store.save(pages, fresh, self.clock)
         self._note(turn, pages, tokens_from, start_s, seconds, stall_s)
         last = self._num_steps + turn.output_tokens - 1
         heapq.heappush(self._decoding, (last, next(self._tie), turn))

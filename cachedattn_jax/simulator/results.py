@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cachedattn_jax.store.placement.placement import Move
+
 _COUNTS = ("device", "host", "disk", "recomputed", "new", "output")
 _SECONDS = ("arrived_s", "queue_s", "prefill_s", "stall_s", "ended_s")
 
@@ -65,7 +67,7 @@ class Simulated:
     end_s: float
     wall_s: float
     cpu_s: float
-    moves: list[tuple[str, int, int]] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
 
     def measured(self, num_warm_up: int = 0, num_turns: int | None = None) -> "Window":
         """The turns that started after the first `num_warm_up`, `num_turns` of them."""

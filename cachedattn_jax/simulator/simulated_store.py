@@ -53,8 +53,8 @@ def first_pages(mask: int) -> int:
 class SimulatedStore:
     """Pages of all sessions under the budgets of one replica.
 
-    Attributes:
-        moves: if kept, every decision: (what, session, number of pages).
+    Args:
+        keeps_moves: whether placement notes every move.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class SimulatedStore:
         self.from_disk = VirtualLink(system.constants.disk_read)
         self.to_disk = VirtualLink(system.constants.disk_write)
         self.counters: Counter[str] = Counter()
-        self.moves: list[tuple[str, int, int]] | None = [] if keeps_moves else None
+        placement.moves = [] if keeps_moves else None
         self._page_bytes = system.page_bytes
         self._num_slots = system.num_slots
         self._max_host = system.host_bytes // self._page_bytes
@@ -401,8 +401,7 @@ class SimulatedStore:
             placement.on_disk_only(pages.session, alone.bit_count() * size)
 
     def _note(self, what: str, pages: Pages, num: int) -> None:
-        if self.moves is not None:
-            self.moves.append((what, pages.session, num))
+        self.placement.moved(what, pages.session, num)
 
 
 def _last_pages(mask: int, num: int) -> int:

@@ -187,5 +187,5 @@ class Simulation:
             end_s=max(replica.clock for replica in self.replicas),
             wall_s=wall_s,
             cpu_s=cpu_s,
-            moves=self.replicas[0].store.moves or [],
+            moves=self.replicas[0].placement.moves or [],
         )

@@ -20,6 +20,8 @@ from cachedattn_jax.store.placement.recency import LRU
 from cachedattn_jax.store.placement.standing import Session, Standing
 from cachedattn_jax.store.placement.tier import Tier
 
+Move = tuple[str, Session, int]
+
 
 @dataclass(eq=False, kw_only=True)
 class _Tenant:
@@ -48,6 +50,10 @@ class Placement:
 
     Args:
         host_bytes, disk_bytes: capacities of these tiers.
+
+    Attributes:
+        moves: if a list, what the store did about it: ("fetch", "demote", "drop",
+            "evict" from the device or "save" to host memory, session, pages).
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class Placement:
     ) -> None:
         self.config = config
         self.standings: dict[Session, Standing] = {}
+        self.moves: list[Move] | None = None
         self.reserve_bytes = int(config.host_reserve * host_bytes)
         self._host_bytes = host_bytes
         self._disk_bytes = disk_bytes
@@ -231,6 +238,11 @@ class Placement:
         if standing.tickets:
             self._note_fetch(standing)
 
+    def moved(self, what: str, session: Session, num_pages: int) -> None:
+        """The store moved pages of a session."""
+        if self.moves is not None:
+            self.moves.append((what, session, num_pages))
+
     # ---- decisions ----
 
     def victims(
@@ -256,6 +268,7 @@ class Placement:
             first = self._ticket_behind(self._prefetchable_bytes)
         # What is fetched must not leave again for what is fetched next.
         is_sparing = spares_next and self.config.is_prefetching
+        is_sparing = is_sparing and tier is not Tier.DISK
         given: set[Standing] = set()
         for tenant in self._over_quota():
             for standing in tenant.policy.victims(tier, now):
