@@ -131,17 +131,17 @@ SHORT = QueueSetting(num_sessions=150, think_sigma=1.0)
 def test_a_store_that_holds_all_hits_always_and_belady_is_the_most():
     assert short_queues.play(SHORT, 10**15, "lru").hit == pytest.approx(100)
     hits = {
-        policy: short_queues.play(SHORT, 3 * GB, policy).hit
+        policy: short_queues.play(SHORT, 4 * GB, policy).hit
         for policy in short_queues.POLICIES
     }
-    assert max(hits, key=lambda policy: hits[policy]) == "belady"
-    assert hits["belady"] < 100
+    assert hits["belady"] == max(hits.values())
+    assert hits["lru"] < hits["belady"] - 5
 
 
 def test_closing_conversations_leaves_room_for_those_that_go_on():
     ours = {closes: 0.0 for closes in (False, True)}
     for closes in ours:
-        ours[closes] = short_queues.play(SHORT, 3 * GB, "lru", closes=closes).hit
+        ours[closes] = short_queues.play(SHORT, 4 * GB, "lru", closes=closes).hit
     assert ours[True] > ours[False] + 1
 
 
