@@ -151,7 +151,7 @@ def test_operative_str_has_defaults_and_repeats_the_run(toy, tmp_path):
     assert config.operative_str() == text
 
 
-@pytest.mark.parametrize("path", sorted(CHECKOUT.glob("configs/*.gin")), ids=str)
+@pytest.mark.parametrize("path", sorted(CHECKOUT.glob("configs/**/*.gin")), ids=str)
 def test_every_config_of_the_checkout_loads(path, monkeypatch):
     monkeypatch.chdir(CHECKOUT)
     assert callable(config.load([str(path.relative_to(CHECKOUT))]).run)

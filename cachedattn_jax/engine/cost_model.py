@@ -80,8 +80,7 @@ class CostModel:
 
     def prefill_s(self, num_tokens: int, start: int) -> float:
         """Compute seconds of tokens from position `start`; ValueError if unmeasured."""
-        seconds = self._prefill(np.asarray([num_tokens]), np.asarray([start]))
-        return float(seconds[0])
+        return float(self._prefill(num_tokens, start))
 
     def load_s(self, num_host_pages: int, num_disk_pages: int) -> float:
         """Seconds on the links until all these pages are on the device.
@@ -222,7 +221,9 @@ class CostModel:
         seconds = pages * (self._page_bytes / link.bytes_per_s)
         return np.where(pages > 0, self._num_groups * link.latency_s + seconds, 0.0)
 
-    def _prefill(self, num_tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    def _prefill(
+        self, num_tokens: np.ndarray | int, starts: np.ndarray | int
+    ) -> np.ndarray | float:
         """`prefill_s` by case."""
         if self._prefill_cost is None:
             raise ValueError("nothing was measured")

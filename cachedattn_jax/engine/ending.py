@@ -72,7 +72,8 @@ class Ending:
         ticket = self._scheduler.ticket(turn)
         self._scheduler.finish(turn)
         if ticket is not None:
-            self._store.placement.unqueued(turn.session, ticket)
+            now = turn.times.finished_s
+            self._store.placement.unqueued(turn.session, ticket, now)
         else:
             self._rest(turn, turn.times.finished_s)
 

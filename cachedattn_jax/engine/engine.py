@@ -158,7 +158,8 @@ class Engine:
 
     def pin(self, tenant: str, session_id: str, is_pinned: bool = True) -> None:
         """Keeps a conversation's pages where they are, or lets them go again."""
-        self.store.placement.pinned(session_key(tenant, session_id), is_pinned)
+        session = session_key(tenant, session_id)
+        self.store.placement.pinned(session, is_pinned, tenant)
 
     def run(self, requests: Iterable[Request]) -> list[Turn]:
         """Serves all requests, batched, and returns their turns in the same order."""

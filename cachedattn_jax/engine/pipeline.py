@@ -114,7 +114,7 @@ def equal_groups_finish_s(
     # fewer ones and is never longer.
     slower = np.maximum(load_s, compute_s)
     last = load_s + (num_groups - 1) * slower + compute_s - early_s
-    return np.maximum(num_groups * compute_s, last)
+    return np.asarray(np.maximum(num_groups * compute_s, last))
 
 
 def no_preload_s(load_s: Sequence[float], compute_s: Sequence[float]) -> float:

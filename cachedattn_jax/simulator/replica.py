@@ -17,6 +17,7 @@ from cachedattn_jax.engine.scheduler import Scheduler
 from cachedattn_jax.simulator.results import Busy, Results
 from cachedattn_jax.simulator.simulated_store import Pages, SimulatedStore
 from cachedattn_jax.simulator.system import System
+from cachedattn_jax.store.budget import SAVED_TOGETHER
 from cachedattn_jax.store.placement.placement import Placement
 
 
@@ -51,14 +52,21 @@ class Turn:
     is_staged: bool = False
 
 
+# Tokens of a conversation, and those dropped from its front: two that agree mean the
+# same pages.
+History = tuple[int, int]
+
+
 class Replica:
     """A system at work.
 
     Args:
         results: where rows of turns are filled in.
         started: a counter over all replicas of the turns that started.
-        ended: called with a turn that ended and the time; returns when the session's
-            next turn comes, or None if there is none.
+        next_arrival: called with a turn that ended and the time; returns when the
+            session's next turn comes, or None if there is none.
+        histories: of sessions that other replicas serve too, by session; None where a
+            session stays with its replica.
     """
 
     def __init__(
@@ -68,6 +76,7 @@ class Replica:
         started: "itertools.count[int]",
         next_arrival: Callable[[Turn, float], float | None],
         *,
+        histories: dict[int, History] | None = None,
         keeps_moves: bool = False,
     ) -> None:
         self.system = system
@@ -83,6 +92,7 @@ class Replica:
         self._results = results.columns
         self._started = started
         self._next_arrival = next_arrival
+        self._histories = histories
         self._cost_model = CostModel(
             system.constants,
             page_tokens=system.tokens_per_page,
@@ -151,7 +161,11 @@ class Replica:
         passed: list[Turn] = []
         for turn in scheduler.startable(1 + self.system.max_staged):
             if not turn.is_staged and not self._stage(turn):
-                break
+                if passed or not self._unstage_others():
+                    break
+                # Those behind it held the slots that it needs.
+                if not self._stage(turn):
+                    break
             if turn.ready_at <= self.clock:
                 for other in passed:
                     other.num_passed += 1
@@ -167,22 +181,26 @@ class Replica:
         pages = store.sessions[turn.session]
         start_s = self.clock
         self.scheduler.start(turn)
-        self.placement.unqueued(turn.session, turn.ticket)
+        self.placement.unqueued(turn.session, turn.ticket, start_s)
         self.placement.started(turn.session, start_s)
         tokens_from = self._tokens_from(turn, pages)
         cached = sum(tokens_from)
         seconds, stall_s = self._prefill_seconds(turn, pages, cached)
         self.clock += seconds
         self.busy.prefill_s += seconds
-        num_full = turn.prompt_tokens // system.tokens_per_page
-        store.release_slots(turn.num_slots)
-        store.take(pages, (1 << num_full) - 1)
-        turn.num_slots = self._num_pages(turn) - num_full
-        store.reserve_slots(turn.num_slots)
         if system.reuse == "cached":
+            num_full = turn.prompt_tokens // system.tokens_per_page
+            store.release_slots(turn.num_slots)
+            store.take(pages, (1 << num_full) - 1)
+            # A tail that does not fill up lies in its slot already.
+            turn.num_slots = self._num_pages(turn) - pages.device.bit_count()
+            store.reserve_slots(turn.num_slots)
             # The page that the new tokens fill up is not the one that was stored.
-            tail = max(0, pages.num_tokens - 1) // system.tokens_per_page
-            store.save(pages, ((1 << num_full) - 1) & ~(1 << tail), self.clock)
+            tail, filled = divmod(pages.num_tokens - 1, system.tokens_per_page)
+            grown = 1 << tail if pages.num_tokens and filled else 0
+            fresh = ((1 << num_full) - 1) & ~(grown | pages.host | pages.disk)
+            if fresh.bit_count() >= SAVED_TOGETHER:
+                store.save(pages, fresh, self.clock)
         self._note(turn, pages, tokens_from, start_s, seconds, stall_s)
         last = self._num_steps + turn.output_tokens - 1
         heapq.heappush(self._decoding, (last, next(self._tie), turn))
@@ -197,17 +215,16 @@ class Replica:
             # A page that the turn wrote into is another page now.
             store.replace(pages, 1 << (history // size))
         pages.num_tokens = turn.prompt_tokens + turn.output_tokens
-        num_cached = -(-(pages.num_tokens - 1) // size)
         store.release_slots(turn.num_slots)
+        self._truncate_after(pages)
+        num_cached = -(-(pages.num_tokens - 1) // size)
         if system.reuse == "cached":
             mask = (1 << num_cached) - 1
             store.take(pages, mask)
-            self._truncate_after(pages)
-            num_cached = -(-(pages.num_tokens - 1) // size)
-            store.save(pages, (1 << num_cached) - 1, self.clock)
-        else:
-            self._truncate_after(pages)
+            store.save(pages, mask, self.clock)
         pages.holds -= 1
+        if self._histories is not None:
+            self._histories[turn.session] = pages.num_tokens, pages.num_dropped
         returns_at = self._next_arrival(turn, self.clock)
         self._results["ended_s"][turn.row] = self.clock
         self.scheduler.finish(turn)
@@ -222,10 +239,9 @@ class Replica:
         )
 
     def _next_wake(self, has_started: bool) -> float | None:
-        if has_started:
+        if has_started and self.scheduler.num_waiting:
             # The others get a step between two prefills.
-            if self._decoding and self.scheduler.num_waiting:
-                return self.clock + self._step_s
+            return self.clock + (self._step_s if self._decoding else 0.0)
         times = []
         if self._decoding:
             left = self._decoding[0][0] - self._num_steps
@@ -238,10 +254,21 @@ class Replica:
 
     # ---- parts of them ----
 
+    def _unstage_others(self) -> bool:
+        """Whether waiting turns gave back slots."""
+        staged, self._staged = self._staged, {}
+        for turn in staged:
+            self.store.release_slots(turn.num_slots)
+            self.store.pages(turn.session).holds -= 1
+            turn.is_staged, turn.num_slots, turn.ready_at = False, 0, 0.0
+        return bool(staged)
+
     def _stage(self, turn: Turn) -> bool:
         """Looks up what is stored of a turn and begins to read it from disk."""
         system, store = self.system, self.store
         pages = store.pages(turn.session)
+        if self._histories is not None:
+            store.catch_up(pages, *self._histories.get(turn.session, (0, 0)))
         self._truncate_before(turn, pages)
         turn.prompt_tokens = pages.num_tokens + turn.new_tokens
         store.arrive(pages, self.clock)
@@ -262,6 +289,8 @@ class Replica:
             turn.num_slots = missing
             store.reserve_slots(missing)
         turn.mask, turn.is_staged, turn.staged_s = mask, True, self.clock
+        if not system.max_staged:
+            turn.loads_from_s = self.clock
         from_disk = mask & pages.disk & ~(pages.host | pages.device)
         if mask & pages.arriving:
             turn.ready_at = pages.arrives_at
@@ -303,9 +332,10 @@ class Replica:
         return (1 << decision.num_pages) - 1
 
     def _num_pages(self, turn: Turn) -> int:
-        """Pages that the turn may grow to."""
+        """Pages that the turn may grow to; a reply past the window truncates it."""
         num_tokens = turn.prompt_tokens + turn.output_tokens
-        return -(-num_tokens // self.system.tokens_per_page)
+        num_pages = -(-num_tokens // self.system.tokens_per_page)
+        return min(num_pages, self.system.window_pages)
 
     def _tokens_from(self, turn: Turn, pages: Pages) -> tuple[int, int, int]:
         """Tokens of the prompt by the tier they come from."""
@@ -386,6 +416,7 @@ class Replica:
             dropped = -(-dropped // size) * size
             self.store.shift(pages, dropped // size)
         pages.num_tokens = max(0, pages.num_tokens - dropped)
+        pages.num_dropped += dropped
 
     def _note(self, turn, pages, tokens_from, start_s, seconds, stall_s) -> None:
         row, columns = turn.row, self._results

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cachedattn_jax.store.placement.placement import Move
+
 _COUNTS = ("device", "host", "disk", "recomputed", "new", "output")
 _SECONDS = ("arrived_s", "queue_s", "prefill_s", "stall_s", "ended_s")
 
@@ -55,8 +57,7 @@ class Simulated:
     Attributes:
         busy: of each replica.
         counters, bytes_moved: summed over the replicas.
-        bookkeeping_s: real seconds spent in the store and in placement.
-        wall_s: real seconds of all.
+        wall_s, cpu_s: real seconds that it took, and those of one core.
     """
 
     turns: Results
@@ -65,7 +66,8 @@ class Simulated:
     bytes_moved: Mapping[str, float]
     end_s: float
     wall_s: float
-    moves: list[tuple[str, int, int]] = field(default_factory=list)
+    cpu_s: float
+    moves: list[Move] = field(default_factory=list)
 
     def measured(self, num_warm_up: int = 0, num_turns: int | None = None) -> "Window":
         """The turns that started after the first `num_warm_up`, `num_turns` of them."""

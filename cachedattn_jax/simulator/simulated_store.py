@@ -22,6 +22,7 @@ class Pages:
     Attributes:
         num_tokens: tokens of the conversation, the last of which was sampled and has no
             keys and values yet.
+        num_dropped: tokens that truncations took from its front.
         device, host, disk: bit i is set where page i lies in the tier.
         arriving, arrives_at: pages that are on their way from disk to host memory.
         holds: turns that need it to stay where it is.
@@ -30,6 +31,7 @@ class Pages:
 
     session: int
     num_tokens: int = 0
+    num_dropped: int = 0
     device: int = 0
     host: int = 0
     disk: int = 0
@@ -51,8 +53,8 @@ def first_pages(mask: int) -> int:
 class SimulatedStore:
     """Pages of all sessions under the budgets of one replica.
 
-    Attributes:
-        moves: if kept, every decision: (what, session, number of pages).
+    Args:
+        keeps_moves: whether placement notes every move.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class SimulatedStore:
         self.from_disk = VirtualLink(system.constants.disk_read)
         self.to_disk = VirtualLink(system.constants.disk_write)
         self.counters: Counter[str] = Counter()
-        self.moves: list[tuple[str, int, int]] | None = [] if keeps_moves else None
+        placement.moves = [] if keeps_moves else None
         self._page_bytes = system.page_bytes
         self._num_slots = system.num_slots
         self._max_host = system.host_bytes // self._page_bytes
@@ -136,24 +138,48 @@ class SimulatedStore:
         num = mask.bit_count()
         if not num:
             return
-        if not self._make_host_room(min(num, self._max_host), now):
-            # As many as fit, from the beginning: the others are of no use without them.
-            room = self._max_host - self.num_host
-            self.counters["pages_bypassed"] += num - room
-            mask ^= _last_pages(mask, num - room)
-            num = room
-            if not num:
-                return
+        if not self._max_host:
+            return self._write_through(pages, mask, now)
+        self._make_host_room(min(num, self._max_host), now)
+        mask = self._fitting(mask, self._max_host - self.num_host)
+        num = mask.bit_count()
         pages.host |= mask
         self.num_host += num
         self._resized(pages, Tier.HOST, pages.host)
-        self.to_host.carry(self.num_bytes(pages, num), now)
-        self._note("save", pages, num)
+        if num:
+            self.to_host.carry(self.num_bytes(pages, num), now)
+            self._note("save", pages, num)
+
+    def _write_through(self, pages: Pages, mask: int, now: float) -> None:
+        """Without host memory pages pass it on their way to disk."""
+        num = min(mask.bit_count(), self._max_disk)
+        has_room = self._make_disk_room(num, now, pages)
+        mask = self._fitting(mask, num if has_room else 0)
+        if mask:
+            self.to_host.carry(self.num_bytes(pages, mask.bit_count()), now)
+            self._write(pages, mask, now)
+
+    def _fitting(self, mask: int, room: int) -> int:
+        """As many pages as fit, from the first: the others are of no use without."""
+        num_over = mask.bit_count() - room
+        if num_over <= 0:
+            return mask
+        self.counters["pages_bypassed"] += num_over
+        return mask ^ _last_pages(mask, num_over)
 
     def replace(self, pages: Pages, mask: int) -> None:
         """The turn wrote over pages: what lower tiers hold of them is of no use."""
         self._leave_host(pages, pages.host & mask)
         self._leave_disk(pages, pages.disk & mask)
+
+    def catch_up(self, pages: Pages, num_tokens: int, num_dropped: int) -> None:
+        """Takes note of what was said elsewhere: a tail that grew is of no use here."""
+        if num_dropped != pages.num_dropped:
+            self.drop(pages)
+        elif num_tokens != pages.num_tokens and pages.num_tokens:
+            num_full = (pages.num_tokens - 1) // self.system.tokens_per_page
+            self.truncate(pages, num_full)
+        pages.num_tokens, pages.num_dropped = num_tokens, num_dropped
 
     def shift(self, pages: Pages, num_pages: int) -> None:
         """Drops pages from the front; those behind them become the first."""
@@ -162,6 +188,7 @@ class SimulatedStore:
         pages.device >>= num_pages
         pages.host >>= num_pages
         pages.disk >>= num_pages
+        pages.arriving >>= num_pages
 
     def drop(self, pages: Pages, mask: int = -1) -> None:
         """Pages leave every tier."""
@@ -181,35 +208,52 @@ class SimulatedStore:
             pages = self.sessions[standing.session]
             self.counters["pages_expired"] += pages.stored.bit_count()
             self.drop(pages)
-        for standing, tier in placement.over_quota(now):
+        for standing, tier, at_most in placement.over_quota(now):
             pages = self.sessions[standing.session]
             mask = pages.disk if tier is Tier.DISK else pages.host
-            num = self._num_leaving(mask, 1)
+            num = self._num_leaving(mask, -(-at_most // self._page_bytes))
+            if pages.holds:
+                continue
             self.counters["pages_over_quota"] += num
             (self._leave_disk if tier is Tier.DISK else self._leave_host)(
                 pages, _last_pages(mask, num)
             )
-        reserve = placement.reserve_bytes // self._page_bytes
-        shortage = self.num_host + reserve - self._max_host
-        if shortage > 0 and self.num_host:
-            self._demote(shortage, now, spares_next=True)
-        if placement.config.is_prefetching:
-            self._fetch(now)
+        self._keep_reserve(now)
+        # What comes takes from the reserve, which may let more come.
+        while placement.config.is_prefetching and self._fetch(now):
+            if not self._keep_reserve(now):
+                break
+
+    def _keep_reserve(self, now: float) -> bool:
+        """Whether pages left host memory so that its reserve is free."""
+        reserve = self.placement.reserve_bytes
+        shortage = self.num_host + -(-reserve // self._page_bytes) - self._max_host
+        if shortage <= 0 or not reserve or not self._max_disk:
+            return False
+        before = self.num_host
+        self._demote(shortage, now, for_reserve=True)
+        return self.num_host < before
 
     def arrive(self, pages: Pages, now: float) -> None:
         """Notes pages that have come from disk by now."""
         if pages.arriving and pages.arrives_at <= now:
             pages.arriving = 0
 
-    def _fetch(self, now: float) -> None:
+    def _fetch(self, now: float) -> bool:
+        """Whether reads of pages of the next turns have begun."""
+        num_fetched = 0
         for standing in list(self.placement.to_fetch()):
             pages = self.sessions[standing.session]
+            if pages.holds:
+                continue
             missing = pages.disk & ~(pages.host | pages.device)
             num = missing.bit_count()
             if self.num_host + num > self._max_host:
-                return
-            arrived = self.from_disk.carry(self.num_bytes(pages, num), now)
-            pages.arriving, pages.arrives_at = missing, arrived
+                break
+            num_fetched += num
+            self.arrive(pages, now)
+            pages.arrives_at = self.from_disk.carry(self.num_bytes(pages, num), now)
+            pages.arriving |= missing
             pages.host |= missing
             self.num_host += num
             self.counters["pages_fetched"] += num
@@ -218,15 +262,20 @@ class SimulatedStore:
                 self._leave_disk(pages, missing)
             self._resized(pages, Tier.HOST, pages.host)
             self._note_copies(pages)
+        return num_fetched > 0
 
     def _make_host_room(self, num: int, now: float) -> bool:
         shortage = self.num_host + num - self._max_host
         return shortage <= 0 or self._demote(shortage, now)
 
-    def _demote(self, num: int, now: float, *, spares_next: bool = False) -> bool:
-        """Takes pages out of host memory, to disk where it has room."""
+    def _demote(self, num: int, now: float, *, for_reserve: bool = False) -> bool:
+        """Takes pages out of host memory, to disk where it has room.
+
+        Args:
+            for_reserve: nothing is lost, and the next turns keep theirs.
+        """
         victims = []
-        for standing in self.placement.victims(Tier.HOST, now, spares_next=spares_next):
+        for standing in self.placement.victims(Tier.HOST, now, spares_next=for_reserve):
             pages = self.sessions[standing.session]
             if pages.holds:
                 continue
@@ -236,58 +285,69 @@ class SimulatedStore:
             if num <= 0:
                 break
         for pages, leaving in victims:
-            self._demote_pages(pages, leaving, now)
+            self._demote_pages(pages, leaving, now, may_lose=not for_reserve)
         return num <= 0
 
-    def _demote_pages(self, pages: Pages, num: int, now: float) -> None:
+    def _demote_pages(
+        self, pages: Pages, num: int, now: float, *, may_lose: bool
+    ) -> None:
         mask = _last_pages(pages.host, num)
         dirty = mask & ~pages.disk
-        num_dirty = dirty.bit_count()
-        if num_dirty and self._max_disk and self._make_disk_room(num_dirty, now):
-            # The moves of one tier are told apart before the next: a page is on disk
-            # before it leaves host memory.
-            pages.disk |= dirty
-            self.num_disk += num_dirty
-            self._resized(pages, Tier.DISK, pages.disk)
-            self.to_disk.carry(self.num_bytes(pages, num_dirty), now)
-            self.counters["pages_demoted"] += num_dirty
-            self._note("demote", pages, num_dirty)
-        elif num_dirty:
-            self.counters["pages_lost_from_host"] += num_dirty
-            self._note("lose", pages, num_dirty)
+        if dirty and self._make_disk_room(dirty.bit_count(), now, pages):
+            self.counters["pages_demoted"] += dirty.bit_count()
+            self._write(pages, dirty, now)
+        elif dirty and not may_lose:
+            return
+        lost = mask & ~(pages.disk | pages.device)
+        self.counters["pages_lost_from_host"] += lost.bit_count()
+        self._note("demote", pages, num)
         self._leave_host(pages, mask)
 
-    def _make_disk_room(self, num: int, now: float) -> bool:
+    def _write(self, pages: Pages, mask: int, now: float) -> None:
+        """Copies pages to disk, which has room for them."""
+        num = mask.bit_count()
+        pages.disk |= mask
+        self.num_disk += num
+        self._resized(pages, Tier.DISK, pages.disk)
+        self._note_copies(pages)
+        self.to_disk.carry(self.num_bytes(pages, num), now)
+
+    def _make_disk_room(self, num: int, now: float, writing: Pages) -> bool:
+        """Whether the disk takes pages of a session now, whose others stay there."""
         shortage = self.num_disk + num - self._max_disk
         if shortage <= 0:
             return True
         if num > self._max_disk:
             return False
-        while shortage > 0 and self._copies:
-            pages = next(iter(self._copies))
-            copies = pages.disk & pages.host
-            leaving = min(copies.bit_count(), shortage)
-            self._leave_disk(pages, _last_pages(copies, leaving))
-            shortage -= leaving
-            if leaving == copies.bit_count():
-                self._copies.pop(pages, None)
-        victims = []
+        chosen = []
+        # What host memory holds too is lost least.
+        for pages in self._copies:
+            if shortage <= 0:
+                break
+            if pages is not writing:
+                copies = pages.disk & pages.host
+                leaving = _last_pages(copies, min(copies.bit_count(), shortage))
+                chosen.append((pages, leaving, False))
+                shortage -= leaving.bit_count()
         if shortage > 0:
             for standing in self.placement.victims(Tier.DISK, now):
                 pages = self.sessions[standing.session]
-                if pages.holds:
+                if pages.holds or pages is writing:
                     continue
-                leaving = self._num_leaving(pages.disk, shortage)
-                victims.append((pages, leaving))
-                shortage -= leaving
+                alone = pages.disk & ~pages.host
+                leaving = _last_pages(alone, self._num_leaving(alone, shortage))
+                chosen.append((pages, leaving, True))
+                shortage -= leaving.bit_count()
                 if shortage <= 0:
                     break
         if shortage > 0:
             return False
-        for pages, leaving in victims:
-            self.counters["pages_lost_from_disk"] += leaving
-            self._note("drop", pages, leaving)
-            self._leave_disk(pages, _last_pages(pages.disk, leaving))
+        for pages, leaving, is_drop in chosen:
+            if is_drop and leaving:
+                lost = leaving & ~pages.device
+                self.counters["pages_lost_from_disk"] += lost.bit_count()
+                self._note("drop", pages, leaving.bit_count())
+            self._leave_disk(pages, leaving)
         return True
 
     # ---- parts ----
@@ -300,7 +360,7 @@ class SimulatedStore:
         held = mask.bit_count()
         return held if self._is_whole else min(held, wanted)
 
-    def num_bytes(self, pages: Pages, num: int) -> float:
+    def num_bytes(self, pages: Pages, num: int) -> int:
         """Bytes that a copy of pages moves: what they hold, not what they take."""
         if self.system.allocation == "window":
             return num * pages.num_tokens * self.system.model.kv_bytes
@@ -341,8 +401,7 @@ class SimulatedStore:
             placement.on_disk_only(pages.session, alone.bit_count() * size)
 
     def _note(self, what: str, pages: Pages, num: int) -> None:
-        if self.moves is not None:
-            self.moves.append((what, pages.session, num))
+        self.placement.moved(what, pages.session, num)
 
 
 def _last_pages(mask: int, num: int) -> int:

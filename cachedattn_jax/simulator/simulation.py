@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from cachedattn_jax.simulator.replica import Replica, Turn
+from cachedattn_jax.simulator.replica import History, Replica, Turn
 from cachedattn_jax.simulator.results import Results, Simulated
 from cachedattn_jax.simulator.system import System
 from cachedattn_jax.simulator.trace import Trace
@@ -49,12 +49,15 @@ class Simulation:
         self.trace = trace
         self.results = Results(trace.num_turns)
         started = itertools.count()
+        is_shared = num_replicas > 1 and routing == "random"
+        histories: dict[int, History] | None = {} if is_shared else None
         self.replicas = [
             Replica(
                 system,
                 self.results,
                 started,
                 self._next_arrival,
+                histories=histories,
                 keeps_moves=keeps_moves,
             )
             for _ in range(num_replicas)
@@ -77,7 +80,7 @@ class Simulation:
 
     def run(self) -> Simulated:
         """Plays all of it."""
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         arrivals = self.trace.arrival_s.tolist()
         next_session, num_sessions = 0, len(arrivals)
         turns, wakes = self._turns, self._wakes
@@ -103,7 +106,10 @@ class Simulation:
                 if self._wake_at[number] == wakes_at:
                     self._wake_at[number] = infinity
                     self._wake(number, now)
-        return self._simulated(time.perf_counter() - began)
+        assert all(replica.scheduler.is_idle for replica in self.replicas)
+        return self._simulated(
+            time.perf_counter() - began, time.process_time() - cpu_began
+        )
 
     def _submit(self, session: int, place: int, now: float) -> None:
         row = self._first_row[session] + place
@@ -151,12 +157,21 @@ class Simulation:
             self._on_turns(self._num_ended)
         is_last = turn.row + 1 == self._first_row[turn.session + 1]
         if is_last:
+            if self._closes:
+                self._close(turn.session)
             return None
         if self.trace.is_open_loop:
             return max(now, turn.arrived_s + self._think_s[turn.row + 1])
         return self._schedule(turn.session, turn.place + 1, now)
 
-    def _simulated(self, wall_s: float) -> Simulated:
+    def _close(self, session: int) -> None:
+        chosen = self.replicas
+        if self._routing == "affinity":
+            chosen = [self.replicas[self._route(session)]]
+        for replica in chosen:
+            replica.placement.closed(session)
+
+    def _simulated(self, wall_s: float, cpu_s: float) -> Simulated:
         counters: Counter[str] = Counter()
         moved: Counter[str] = Counter()
         for replica in self.replicas:
@@ -171,5 +186,6 @@ class Simulation:
             bytes_moved=dict(moved),
             end_s=max(replica.clock for replica in self.replicas),
             wall_s=wall_s,
-            moves=self.replicas[0].store.moves or [],
+            cpu_s=cpu_s,
+            moves=self.replicas[0].placement.moves or [],
         )

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, get_args, no_type_check
 
 from cachedattn_jax.engine.cost_constants import Constants
 from cachedattn_jax.simulator.hardware import ModelShape
@@ -13,6 +13,7 @@ Allocation = Literal["held", "window"]
 Reuse = Literal["cached", "recompute"]
 
 
+@no_type_check  # users write it; checked here in words of ours
 @dataclass(frozen=True, kw_only=True)
 class System:
     """One replica.
@@ -71,9 +72,24 @@ class System:
                 f"host_bytes={self.host_bytes} and disk_bytes={self.disk_bytes} must"
                 " not be negative"
             )
-        for name in ("max_batch", "page_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, least in (("max_batch", 1), ("page_tokens", 1), ("max_staged", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be at least {least}"
+                )
+        if self.constants.decode_step_s <= 0:
+            raise ValueError(
+                f"decode_step_s={self.constants.decode_step_s} of the constants must be"
+                " above 0, or no reply would take time"
+            )
+        if self.disk_bytes and None in (
+            self.constants.disk_read,
+            self.constants.disk_write,
+        ):
+            raise ValueError(
+                f"disk_bytes={self.disk_bytes} needs constants with disk_read and"
+                " disk_write"
+            )
         if not 0 < self.truncation_ratio < 1:
             raise ValueError(
                 f"truncation_ratio={self.truncation_ratio} must lie between 0 and 1"
@@ -98,7 +114,7 @@ class System:
         return -(-self.model.window // self.tokens_per_page)
 
     @property
-    def num_slots(self) -> float:
+    def num_slots(self) -> int | float:
         if self.device_bytes is None:
             return math.inf
         return self.device_bytes // self.page_bytes

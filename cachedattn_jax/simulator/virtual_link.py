@@ -23,7 +23,7 @@ class VirtualLink:
     def exists(self) -> bool:
         return self._link is not None
 
-    def carry(self, num_bytes: float, now: float) -> float:
+    def carry(self, num_bytes: int | float, now: float) -> float:
         """Queues a copy; returns when it has arrived."""
         if self._link is None:
             raise ValueError("there is no such link")

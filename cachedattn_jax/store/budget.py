@@ -13,6 +13,8 @@ from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.link import EmulatedLink
 from cachedattn_jax.store.placement.placement_config import PlacementConfig
 
+# While a turn runs, its new pages leave the device so many at a time, or at its end.
+SAVED_TOGETHER = 4
 WRITE_POLICIES = ("write_through", "write_back", "write_through_selective")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

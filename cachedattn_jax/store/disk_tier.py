@@ -107,8 +107,9 @@ class DiskTier:
     def used_bytes(self) -> int:
         return self.num_objects * self.object_bytes
 
-    def has_room(self) -> bool:
-        return self.used_bytes + self.object_bytes <= self.capacity_bytes
+    @property
+    def max_objects(self) -> int:
+        return self.capacity_bytes // self.object_bytes
 
     def list(self) -> list[PageKey]:
         """Keys of every object, without reading any."""

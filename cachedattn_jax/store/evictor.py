@@ -18,9 +18,7 @@ from cachedattn_jax.store.page_index import PageEntry, PageIndex
 from cachedattn_jax.store.placement.tier import Tier
 from cachedattn_jax.timeline import Timeline
 
-# Above this share of the host budget, the pages next to leave are copied to disk ahead
-# of time, so that making room rarely waits for a write.
-_CLEAN_ABOVE = 0.75
+# Writes under way at once where pages leave one by one.
 _MAX_WRITES = 16
 
 
@@ -49,10 +47,14 @@ class Evictor:
     def has_disk(self) -> bool:
         return self._disk is not None
 
+    @property
+    def under_way(self) -> list[Copy]:
+        return [copy for copy, _ in self._writes]
+
     def slot_victims(self, num_slots: int) -> list[PageEntry] | None:
         """Pages whose leaving makes so many slots free; None if that is not enough."""
         missing = num_slots - self._pool.num_free
-        victims = self._choose(Tier.DEVICE, max(0, missing))
+        victims = [e for unit in self._choose(Tier.DEVICE, missing) for e in unit]
         return None if len(victims) < missing else victims
 
     def free_slots(self, victims: Sequence[PageEntry]) -> None:
@@ -60,6 +62,7 @@ class Evictor:
         for entry in victims:
             self._pool.give_back(self.leave_device(entry))
             self._count_loss(entry, Tier.DEVICE)
+            self._placement.moved("evict", entry.session, 1)
 
     def make_host_room(self, num_bytes: int, *, may_wait: bool) -> bool:
         """Whether the host tier can take so many bytes now.
@@ -71,20 +74,13 @@ class Evictor:
         if num_bytes > self._host.capacity_bytes:
             return False
         while not self._host.has_room(num_bytes):
-            victims = self._choose(Tier.HOST, _MAX_WRITES)
-            if not victims:
+            units = self._choose(Tier.HOST, self._missing_pages(num_bytes))
+            if not units:
                 return False
-            for entry in victims:
-                self._demote(entry)
-                if not self._is_whole and self._host.has_room(num_bytes):
-                    return True
-            if self._host.has_room(num_bytes):
-                return True
-            if self._writes and not self._writes[0][0].has_ended:
-                if not may_wait:
+            self._demote(units, num_bytes)
+            if not self._host.has_room(num_bytes) and self._writes:
+                if not (may_wait or self._writes[0][0].has_ended):
                     return False
-                self._settle_oldest()
-            elif self._writes:
                 self._settle_oldest()
         return True
 
@@ -106,53 +102,45 @@ class Evictor:
         """
         if entry.on_disk or entry.is_writing:
             return True
-        if self._disk is None or entry.is_unwritable or entry.token_ids is None:
+        if not self._can_write(entry) or not self._make_disk_room(1, entry.session):
             return False
-        if not self._make_disk_room(self._disk):
-            return False
-        if entry.slab is not None:
-            groups, row = entry.slab.groups, entry.row
-        assert groups is not None
-        entry.is_writing = True
-        copy = self._disk.write(entry.key, entry.token_ids, groups, row)
-        self._writes.append((copy, entry))
+        self._start_write(entry, groups, row)
         return True
 
     def settle_writes(self) -> None:
-        """Takes note of finished writes and starts those that will be needed soon."""
+        """Takes note of finished writes."""
         while self._writes and self._writes[0][0].has_ended:
             self._settle_oldest()
-        if self._disk is None or not self._host.capacity_bytes:
-            return
-        if self._host.used_bytes > _CLEAN_ABOVE * self._host.capacity_bytes:
-            for entry in self._choose(Tier.HOST, _MAX_WRITES):
-                if len(self._writes) < _MAX_WRITES:
-                    self.write(entry)
 
     def keep_reserve(self) -> None:
         """Demotes pages in the background until host memory has its reserve free.
 
-        Only pages that are on disk already leave: nothing is lost for the reserve.
+        Only pages that the disk takes leave: nothing is lost for the reserve. Those of
+        the next turns stay.
         """
         least = self._placement.reserve_bytes
         if self._disk is None or not least or self._host.has_room(least):
             return
-        victims = self._choose(Tier.HOST, _MAX_WRITES, spares_next=True)
-        for entry in victims:
-            if entry.on_disk:
-                self._demote(entry)
-                if not self._is_whole and self._host.has_room(least):
-                    return
-            elif len(self._writes) < _MAX_WRITES:
-                self.write(entry)
+        missing = self._missing_pages(least)
+        units = self._choose(Tier.HOST, missing, spares_next=True)
+        self._demote(units, least, may_lose=False)
 
-    def drop(self, session: str, tiers: Sequence[Tier] = tuple(Tier)) -> None:
-        """Gives up all pages of a session in some tiers that no turn holds."""
-        for tier in tiers:
+    def drop(self, session: str) -> None:
+        """Gives up all that no turn holds of a session, writes under way included."""
+        for tier in Tier:
             for entry in list(self._index.last_pages_first(session, tier)):
                 if not entry.holds:
-                    self._leave(entry, tier)
-                    self._count_loss(entry, tier)
+                    self._counters[f"pages_left_{tier}"] += 1
+                    self.retire(entry)
+
+    def shrink(self, session: str, tier: Tier, num_bytes: int) -> None:
+        """Gives up so many bytes of a session in a tier, from its end."""
+        pages = self._index.last_pages_first(session, tier)
+        free = [entry for entry in pages if not entry.holds]
+        num_pages = -(-num_bytes // self._pool.layout.page_bytes)
+        for entry in free if self._is_whole else free[:num_pages]:
+            self._leave(entry, tier)
+            self._count_loss(entry, tier)
 
     def drain(self) -> None:
         """Writes all that only host memory holds, as far as it fits, and waits."""
@@ -207,31 +195,88 @@ class Evictor:
         """Whether sessions leave a tier as a whole."""
         return self._placement.config.granularity == "sessions"
 
-    def _choose(
-        self, tier: Tier, num_pages: int, *, spares_next: bool = False
-    ) -> list[PageEntry]:
-        """The next pages to leave a tier, so many or, of whole sessions, more."""
-        chosen: list[PageEntry] = []
-        if num_pages <= 0:
-            return chosen
-        victims = self._placement.victims(
-            tier, time.monotonic(), spares_next=spares_next
-        )
-        for standing in victims:
-            session = str(standing.session)
-            pages = self._index.last_pages_first(session, tier)
-            free = (entry for entry in pages if not entry.holds)
-            left = num_pages - len(chosen)
-            chosen += free if self._is_whole else islice(free, left)
-            if len(chosen) >= num_pages:
-                break
-        return chosen
+    def _missing_pages(self, num_bytes: int) -> int:
+        """How many pages stand in the way of so many free bytes of host memory."""
+        missing = self._host.used_bytes + num_bytes - self._host.capacity_bytes
+        return -(-missing // self._pool.layout.page_bytes)
 
-    def _demote(self, entry: PageEntry) -> None:
-        """Takes a page out of host memory, at once if nothing has to be written."""
-        if entry.on_disk or not self.write(entry):
-            self.leave_host(entry)
-            self._count_loss(entry, Tier.HOST)
+    def _choose(
+        self, tier: Tier, num_pages: int, *, spares_next: bool = False, but: str = ""
+    ) -> list[list[PageEntry]]:
+        """The next pages to leave a tier, in units that leave together.
+
+        Args:
+            num_pages: how many at least.
+            but: a session that stays.
+        """
+        units: list[list[PageEntry]] = []
+        if num_pages <= 0:
+            return units
+        now, left = time.monotonic(), num_pages
+        for standing in self._placement.victims(tier, now, spares_next=spares_next):
+            session = str(standing.session)
+            if session == but:
+                continue
+            pages = self._index.last_pages_first(session, tier)
+            free = (e for e in pages if not e.holds and _is_only(e, tier))
+            chosen = (
+                [list(free)] if self._is_whole else [[e] for e in islice(free, left)]
+            )
+            units += filter(None, chosen)
+            left -= sum(map(len, chosen))
+            if left <= 0:
+                break
+        return units
+
+    def _demote(
+        self, units: list[list[PageEntry]], num_bytes: int, *, may_lose: bool = True
+    ) -> None:
+        """Takes pages out of host memory until so many bytes are free.
+
+        All are written that have to be, and leave in their order, at once where
+        nothing is being written.
+        """
+        is_waiting = False
+        for unit in units:
+            is_held_up = not self._write_together(unit, may_lose=may_lose)
+            is_waiting = is_waiting or is_held_up
+            if is_waiting or (not self._is_whole and self._host.has_room(num_bytes)):
+                continue
+            for entry in unit:
+                self.leave_host(entry)
+                self._count_loss(entry, Tier.HOST)
+            self._placement.moved("demote", unit[0].session, len(unit))
+
+    def _write_together(self, unit: list[PageEntry], *, may_lose: bool) -> bool:
+        """Begins to write pages as far as needed; whether they may leave now."""
+        dirty = [entry for entry in unit if not (entry.on_disk or entry.is_writing)]
+        writable = [entry for entry in dirty if self._can_write(entry)]
+        if not self._is_whole and len(self._writes) >= _MAX_WRITES:
+            return not dirty and unit[0].on_disk
+        if writable and self._make_disk_room(len(writable), unit[0].session):
+            for entry in writable:
+                self._start_write(entry)
+        elif dirty:
+            return may_lose
+        return all(e.on_disk for e in unit if e not in dirty or e in writable)
+
+    def _can_write(self, entry: PageEntry) -> bool:
+        is_possible = self._disk is not None and not entry.is_unwritable
+        return is_possible and entry.token_ids is not None
+
+    def _start_write(
+        self,
+        entry: PageEntry,
+        groups: Sequence[jax.Array] | None = None,
+        row: int = 0,
+    ) -> None:
+        assert self._disk is not None and entry.token_ids is not None
+        if entry.slab is not None:
+            groups, row = entry.slab.groups, entry.row
+        assert groups is not None
+        entry.is_writing = True
+        copy = self._disk.write(entry.key, entry.token_ids, groups, row)
+        self._writes.append((copy, entry))
 
     def _leave(self, entry: PageEntry, tier: Tier) -> None:
         match tier:
@@ -242,16 +287,26 @@ class Evictor:
             case Tier.DISK:
                 self.leave_disk(entry)
 
-    def _make_disk_room(self, disk: DiskTier) -> bool:
-        while not disk.has_room():
-            # What host memory holds too is lost least.
-            copy = self._index.oldest_copy
-            victims = [copy] if copy else self._choose(Tier.DISK, 1)
-            if not victims:
-                return False
-            for entry in victims:
-                self.leave_disk(entry)
-                self._count_loss(entry, Tier.DISK)
+    def _make_disk_room(self, num_pages: int, session: str) -> bool:
+        """Whether the disk takes pages of a session now, whose others stay there."""
+        disk = self._disk
+        assert disk is not None
+        missing = disk.num_objects + num_pages - disk.max_objects
+        if num_pages > disk.max_objects:
+            return False
+        # What host memory holds too is lost least.
+        others = (e for e in self._index.copies() if e.session != session)
+        copies = list(islice(others, max(0, missing)))
+        units = self._choose(Tier.DISK, missing - len(copies), but=session)
+        alone = [entry for unit in units for entry in unit]
+        if len(copies) + len(alone) < missing:
+            return False
+        for entry in copies + alone:
+            session, is_copy = entry.session, entry.slab is not None
+            self.leave_disk(entry)
+            self._count_loss(entry, Tier.DISK)
+            if not is_copy:
+                self._placement.moved("drop", session, 1)
         return True
 
     def _settle_oldest(self) -> None:
@@ -284,3 +339,8 @@ class Evictor:
         self._counters[f"pages_left_{tier}"] += 1
         if entry.is_lost:
             self._counters[f"pages_lost_from_{tier}"] += 1
+
+
+def _is_only(entry: PageEntry, tier: Tier) -> bool:
+    """On disk pages go that host memory does not hold, nor awaits."""
+    return tier is not Tier.DISK or (entry.slab is None and entry.arrival is None)

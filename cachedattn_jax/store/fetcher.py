@@ -10,6 +10,7 @@ from cachedattn_jax.store.device_pool import DevicePool, split_runs
 from cachedattn_jax.store.disk_tier import DiskRead, DiskTier
 from cachedattn_jax.store.evictor import Evictor
 from cachedattn_jax.store.host_tier import HostTier, Slab
+from cachedattn_jax.store.link import Copy
 from cachedattn_jax.store.page_index import PageEntry, PageIndex
 from cachedattn_jax.store.placement.tier import Tier
 
@@ -64,10 +65,15 @@ class Fetcher:
             arrival = Arrival(entries=run, read=read, slab=slab)
             self._arrivals.append(arrival)
             self._counters["pages_fetched"] += len(run)
+            self._index.placement.moved("fetch", session, len(run))
             for entry in run:
                 entry.arrival = arrival
                 self._index.note(entry)
         return True
+
+    @property
+    def under_way(self) -> list[Copy]:
+        return [copy for arrival in self._arrivals for copy in arrival.read.copies]
 
     def poll(self) -> None:
         """Takes in what has come."""

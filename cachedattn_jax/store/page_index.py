@@ -156,10 +156,9 @@ class PageIndex:
         else:
             self._copies.pop(entry.key, None)
 
-    @property
-    def oldest_copy(self) -> PageEntry | None:
-        """The first of the pages on disk that host memory holds too."""
-        return next(iter(self._copies.values()), None)
+    def copies(self) -> Iterator[PageEntry]:
+        """Pages on disk that host memory holds too, the oldest of them first."""
+        yield from self._copies.values()
 
     def on_disk_only(self, session: str) -> list[PageEntry]:
         """A session's pages on disk that are in no faster tier, in order."""

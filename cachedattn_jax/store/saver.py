@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import jax
 
+from cachedattn_jax.store.budget import SAVED_TOGETHER
 from cachedattn_jax.store.device_pool import DevicePool, split_runs
 from cachedattn_jax.store.evictor import Evictor
 from cachedattn_jax.store.host_tier import HostTier, Slab
@@ -20,9 +21,6 @@ from cachedattn_jax.store.page_index import PageEntry, PageIndex
 from cachedattn_jax.store.placement.tier import Tier
 from cachedattn_jax.store.watcher import Watcher
 from cachedattn_jax.timeline import Timeline
-
-# While replies grow, pages that fill up leave the device so many at a time.
-_BATCH_PAGES = 4
 
 
 @dataclass(eq=False, kw_only=True)
@@ -80,6 +78,10 @@ class Saver:
         self._flights: deque[_Flight] = deque()
         self._waiting: deque[_Run] = deque()
 
+    @property
+    def under_way(self) -> list[Copy]:
+        return [flight.copy for flight in self._flights]
+
     def ask(self, entries: Iterable[PageEntry], turn: str) -> int:
         """Puts pages of a turn in the queue of those to be saved; how many are new."""
         queue = self._queue.setdefault(turn, {})
@@ -94,7 +96,7 @@ class Saver:
         """Starts saving queued pages of turns that have some; never waits."""
         self._settle()
         self._admit_waiting()
-        for turn in [t for t, q in self._queue.items() if len(q) >= _BATCH_PAGES]:
+        for turn in [t for t, q in self._queue.items() if len(q) >= SAVED_TOGETHER]:
             if not self.save_queued(turn):
                 return
 
@@ -185,6 +187,7 @@ class Saver:
                 continue
             entry.slab, entry.row = slab, row
             self._index.place(entry, Tier.HOST)
+            self._index.placement.moved("save", entry.session, 1)
 
     def _fits(self, num_bytes: int) -> bool:
         """Whether the buffer takes so many bytes; an empty one takes any."""

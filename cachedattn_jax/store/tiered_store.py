@@ -64,7 +64,8 @@ class TieredStore:
         self.placement = Placement(
             config.placement,
             host_bytes=config.num_host_bytes,
-            disk_bytes=config.num_disk_bytes,
+            # In pages, as sessions are measured; objects on disk have headers.
+            disk_bytes=self.disk.max_objects * layout.page_bytes if self.disk else 0,
         )
         self.index = PageIndex(self.placement, layout.page_bytes)
         self.counters: Counter[str] = Counter()
@@ -173,8 +174,8 @@ class TieredStore:
         now = time.monotonic()
         for standing in self.placement.expired(now):
             self._evictor.drop(str(standing.session))
-        for standing, tier in self.placement.over_quota(now):
-            self._evictor.drop(str(standing.session), [tier])
+        for standing, tier, at_most in self.placement.over_quota(now):
+            self._evictor.shrink(str(standing.session), tier, at_most)
         self._evictor.keep_reserve()
 
     def prefetch(self) -> None:
@@ -183,12 +184,26 @@ class TieredStore:
             if not self._fetcher.fetch(str(standing.session)):
                 break
 
+    def settle(self) -> None:
+        """Waits until nothing is under way and placement wants no more moved."""
+        before = None
+        while True:
+            self.poll()
+            self.prefetch()
+            parts = (self.saver, self._evictor, self._fetcher)
+            copies = [copy for part in parts for copy in part.under_way]
+            if not copies and before == self.counters:
+                return
+            before = self.counters.copy()
+            for copy in copies:
+                copy.wait()
+
     def has_disk_room(self, num_pages: int) -> bool:
         """Whether the disk budget takes so many more pages as it is."""
         disk = self.disk
         if disk is None:
             return False
-        return disk.used_bytes + num_pages * disk.object_bytes <= disk.capacity_bytes
+        return disk.num_objects + num_pages <= disk.max_objects
 
     def forget_device(self) -> None:
         """Makes the pool anew after a donating call failed; no lease may be live."""
@@ -222,9 +237,7 @@ class TieredStore:
         session = session_key(tenant, session_id)
         self.catalog.remove(tenant, session_id)
         self.leases.tails.pop(session, None)
-        for tier in Tier:
-            for entry in list(self.index.last_pages_first(session, tier)):
-                self._evictor.retire(entry)
+        self._evictor.drop(session)
         self.placement.forgot(session)
 
     def close(self) -> None:

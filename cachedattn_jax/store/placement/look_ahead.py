@@ -49,6 +49,9 @@ class LookAhead(Policy):
     def returned(self, standing: Standing, now: float) -> None:
         self._idle.returned(standing, now)
 
+    def closed(self, standing: Standing) -> None:
+        self._idle.closed(standing)
+
     def victims(
         self, tier: Tier, now: float, first_ticket: int | float = 0
     ) -> Iterator[Standing]:

@@ -8,14 +8,41 @@ comes from outside, so that a simulator can ask the same questions. Sections 3.3
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
 
 from sortedcontainers import SortedDict
 
 from cachedattn_jax.store.placement.placement_config import PlacementConfig
 from cachedattn_jax.store.placement.policies import policy
 from cachedattn_jax.store.placement.policy import Policy
+from cachedattn_jax.store.placement.recency import LRU
 from cachedattn_jax.store.placement.standing import Session, Standing
-from cachedattn_jax.store.placement.tier import TIERS, Tier
+from cachedattn_jax.store.placement.tier import Tier
+
+Move = tuple[str, Session, int]
+
+
+@dataclass(eq=False, kw_only=True)
+class _Tenant:
+    """A tenant with a quota.
+
+    Attributes:
+        num_bytes: below the device.
+        policy, closed: the order among its own sessions.
+    """
+
+    quota: int
+    policy: Policy
+    closed: LRU = field(default_factory=LRU)
+    num_bytes: int = 0
+
+    @property
+    def excess(self) -> int:
+        return self.num_bytes - self.quota
+
+    def victims(self, tier: Tier, now: float) -> Iterator[Standing]:
+        return chain(self.closed.victims(tier, now), self.policy.victims(tier, now))
 
 
 class Placement:
@@ -23,6 +50,10 @@ class Placement:
 
     Args:
         host_bytes, disk_bytes: capacities of these tiers.
+
+    Attributes:
+        moves: if a list, what the store did about it: ("fetch", "demote", "drop",
+            "evict" from the device or "save" to host memory, session, pages).
     """
 
     def __init__(
@@ -30,22 +61,24 @@ class Placement:
     ) -> None:
         self.config = config
         self.standings: dict[Session, Standing] = {}
+        self.moves: list[Move] | None = None
         self.reserve_bytes = int(config.host_reserve * host_bytes)
         self._host_bytes = host_bytes
         self._disk_bytes = disk_bytes
         self._policy = policy(config.policy, config.token_weight)
-        # Of tenants with a quota: the order among their own sessions, and their bytes.
-        self._tenants: dict[str, Policy] = {}
-        self._tenant_bytes: dict[str, int] = {}
-        self._closed: dict[Tier, OrderedDict[Standing, None]] = {
-            tier: OrderedDict() for tier in TIERS
-        }
-        self._resting: OrderedDict[Standing, None] = OrderedDict()
+        # Closed sessions go before all others, pinned ones after them.
+        self._closed, self._pinned = LRU(), LRU()
+        self._tenants: dict[str, _Tenant] = {}
+        # Idle sessions, with the time since when they are, if that is ever asked for.
+        self._has_ttl = config.ttl_s is not None
+        self._resting: OrderedDict[Standing, float] = OrderedDict()
         # Waiting turns by ticket: all, and the first of sessions with pages to fetch.
         self._queue: SortedDict = SortedDict()
         self._to_fetch: SortedDict = SortedDict()
         self._num_born = 0
         self._num_entries = 0
+        # A dictionary for each session, which one policy only asks for.
+        self._notes_entries = config.policy == "fifo"
         self._running_host_bytes = 0
         self._stored_kv_bytes = 0
         self._num_stored = 0
@@ -65,32 +98,36 @@ class Placement:
         if standing.is_idle:
             self._resting.pop(standing, None)
             if standing.num_turns:
-                for order in self._orders(standing):
-                    order.returned(standing, now)
+                for policy in self._policies(standing):
+                    policy.returned(standing, now)
         self._queue[ticket] = standing
         standing.tickets = (*standing.tickets, ticket)
         if standing.tickets[0] == ticket:
             self._announce(standing)
 
-    def unqueued(self, session: Session, ticket: int) -> None:
+    def unqueued(self, session: Session, ticket: int, now: float) -> None:
         """The turn with this ticket left the queue, to run or not."""
         standing = self.standings[session]
         del self._queue[ticket]
-        was_first = standing.tickets[0] == ticket
         rest = tuple(other for other in standing.tickets if other != ticket)
-        if not was_first:
+        if standing.tickets[0] != ticket:
             standing.tickets = rest
             return
         self._to_fetch.pop(ticket, None)
-        standing.tickets = ()
-        if standing.is_ranked:
+        if standing.is_closed and not rest:  # from now on it is the first to go
+            self._withdraw(standing)
+            standing.tickets = ()
+            self._restore(standing)
+        else:
+            standing.tickets = ()
             for order in self._orders(standing):
                 order.unqueued(standing, ticket)
-        standing.tickets = rest
+            standing.tickets = rest
         if rest:
             self._announce(standing)
         elif standing.is_idle:
-            self._resting[standing] = None
+            if self._has_ttl:
+                self._resting[standing] = now
 
     def started(self, session: Session, now: float) -> None:
         """A turn of the session, which has left the queue, runs from now on."""
@@ -129,27 +166,43 @@ class Placement:
         standing.used_at, standing.returns_at = now, returns_at
         self._restore(standing)
         if standing.is_idle:
-            self._resting[standing] = None
-            for order in self._orders(standing):
-                order.rested(standing, now)
+            if self._has_ttl:
+                self._resting[standing] = now
+            if not standing.is_closed:
+                for policy in self._policies(standing):
+                    policy.rested(standing, now)
 
     def closed(self, session: Session) -> None:
-        """The conversation is over: what is stored of it goes before all else."""
+        """The conversation is over: what is stored of it goes before all else.
+
+        Turns of it that wait are still served, and looked ahead to.
+        """
         standing = self.standings.get(session)
         if standing is not None and not standing.is_closed:
             self._mark(standing, is_closed=True)
+            for policy in self._policies(standing):
+                policy.closed(standing)
 
-    def pinned(self, session: Session, is_pinned: bool) -> None:
-        """The session's pages stay where they are, or may go again."""
-        self._mark(self._standing(session, ""), is_pinned=is_pinned)
+    def pinned(self, session: Session, is_pinned: bool, tenant: str = "") -> None:
+        """The session's pages stay below the device, or may go again.
+
+        They leave the device when no other pages can, or no turn could run.
+        """
+        standing = self._standing(session, tenant)
+        if standing.is_pinned == is_pinned:
+            return
+        self._mark(standing, is_pinned=is_pinned)
+        is_waiting = standing.is_idle and standing.num_turns
+        if self._has_ttl and not is_pinned and is_waiting:
+            # Its time was over while it could not go.
+            self._resting.setdefault(standing, standing.used_at)
+            self._resting.move_to_end(standing, last=False)
 
     def forgot(self, session: Session) -> None:
-        """The session, of which nothing is stored, is never heard of again."""
+        """The session is never heard of again; what is stored still counts as its."""
         standing = self.standings.get(session)
-        if standing is None or not standing.is_idle:
+        if standing is None or standing.num_bytes or not standing.is_idle:
             return
-        for tier in tuple(standing.num_bytes):
-            self.resized(session, tier, 0)
         self._resting.pop(standing, None)
         del self.standings[session]
 
@@ -167,11 +220,14 @@ class Placement:
             held[tier] = num_bytes
         elif num_bytes:
             self._num_entries += 1
-            held[tier], standing.entered[tier] = num_bytes, self._num_entries
+            held[tier] = num_bytes
+            if self._notes_entries:
+                standing.entered[tier] = self._num_entries
             self._enter(standing, tier)
         else:
             self._leave(standing, tier)
-            del held[tier], standing.entered[tier]
+            del held[tier]
+            standing.entered.pop(tier, None)
         if tier is not Tier.DEVICE:
             self._account(standing, tier, num_bytes - before, was_stored)
 
@@ -182,6 +238,11 @@ class Placement:
         if standing.tickets:
             self._note_fetch(standing)
 
+    def moved(self, what: str, session: Session, num_pages: int) -> None:
+        """The store moved pages of a session."""
+        if self.moves is not None:
+            self.moves.append((what, session, num_pages))
+
     # ---- decisions ----
 
     def victims(
@@ -190,23 +251,35 @@ class Placement:
         """Sessions with pages in a tier, the one to give up first at the front.
 
         Closed ones go first, then those of tenants over their quota, then as the
-        policy says. Running and pinned ones are not among them. Lazy: nothing may be
-        reported while it is in use.
+        policy says. Running ones are not among them, and pinned ones only on the
+        device, as the last. Lazy: nothing may be reported while it is in use.
 
         Args:
-            spares_next: whether sessions in the prefetch window are exempt. On disk
-                those in the eviction window always are, for policies that look ahead.
+            spares_next: whether sessions in the prefetch window are exempt, whatever
+                the policy. On disk those in the eviction window always are, for
+                policies that look ahead.
         """
-        yield from self._closed[tier]
-        for tenant in self._over_quota():
-            yield from self._tenants[tenant].victims(tier, now)
+        yield from self._closed.victims(tier, now)
         first: int | float = 0
         if tier is Tier.DISK:
             room = self._prefetchable_bytes + self._disk_bytes
             first = self._ticket_behind(room)
         elif spares_next:
             first = self._ticket_behind(self._prefetchable_bytes)
-        yield from self._policy.victims(tier, now, first)
+        # What is fetched must not leave again for what is fetched next.
+        is_sparing = spares_next and self.config.is_prefetching
+        is_sparing = is_sparing and tier is not Tier.DISK
+        given: set[Standing] = set()
+        for tenant in self._over_quota():
+            for standing in tenant.policy.victims(tier, now):
+                if not (is_sparing and _is_before(standing, first)):
+                    given.add(standing)
+                    yield standing
+        for standing in self._policy.victims(tier, now, first):
+            if not (standing in given or (is_sparing and _is_before(standing, first))):
+                yield standing
+        if tier is Tier.DEVICE:
+            yield from self._pinned.victims(tier, now)
 
     def to_fetch(self) -> Iterator[Standing]:
         """Sessions in the prefetch window that have pages on disk only, next first.
@@ -229,25 +302,25 @@ class Placement:
         found: list[Standing] = []
         ttl_s = self.config.ttl_s
         while ttl_s is not None and self._resting:
-            standing = next(iter(self._resting))
-            if standing.used_at + ttl_s > now:
+            standing, since = next(iter(self._resting.items()))
+            if since + ttl_s > now:
                 break
             del self._resting[standing]
             if standing.num_bytes and not standing.is_pinned:
                 found.append(standing)
         return found
 
-    def over_quota(self, now: float) -> Iterator[tuple[Standing, Tier]]:
-        """Where tenants that hold too much give up bytes first.
+    def over_quota(self, now: float) -> Iterator[tuple[Standing, Tier, int]]:
+        """Where tenants that hold too much give up bytes, and at most how many.
 
         What is given up is reported before the next is asked for.
         """
         for tenant in list(self._over_quota()):
             for tier in (Tier.DISK, Tier.HOST):
-                for standing in list(self._tenants[tenant].victims(tier, now)):
-                    if self._excess(tenant) <= 0:
+                for standing in list(tenant.victims(tier, now)):
+                    if tenant.excess <= 0:
                         break
-                    yield standing, tier
+                    yield standing, tier, tenant.excess
 
     # ---- parts ----
 
@@ -270,22 +343,31 @@ class Placement:
             self._num_born += 1
             standing = Standing(session, self._num_born, tenant)
             self.standings[session] = standing
-            has_quota = self.config.quota(tenant) is not None
-            if has_quota and tenant not in self._tenants:
+            quota = self.config.quota(tenant)
+            if quota is not None and tenant not in self._tenants:
                 order = policy(self.config.policy, self.config.token_weight)
-                self._tenants[tenant] = order
-                self._tenant_bytes[tenant] = 0
+                self._tenants[tenant] = _Tenant(quota=quota, policy=order)
         return standing
 
-    def _orders(self, standing: Standing) -> tuple[Policy, ...]:
-        """The policies that rank a session."""
+    def _policies(self, standing: Standing) -> tuple[Policy, ...]:
+        """Those that learn from what a session does."""
         own = self._tenants.get(standing.tenant) if self._tenants else None
-        return (self._policy,) if own is None else (self._policy, own)
+        return (self._policy,) if own is None else (self._policy, own.policy)
+
+    def _orders(self, standing: Standing) -> tuple[Policy, ...]:
+        """Those that a session stands in as it is now."""
+        if standing.num_running:
+            return ()
+        if standing.is_pinned:
+            return (self._pinned,)
+        if standing.is_closed and not standing.tickets:
+            own = self._tenants.get(standing.tenant)
+            return (self._closed,) if own is None else (self._closed, own.closed)
+        return self._policies(standing)
 
     def _announce(self, standing: Standing) -> None:
-        if standing.is_ranked:
-            for order in self._orders(standing):
-                order.queued(standing)
+        for order in self._orders(standing):
+            order.queued(standing)
         self._note_fetch(standing)
 
     def _note_fetch(self, standing: Standing) -> None:
@@ -310,18 +392,12 @@ class Placement:
             self._enter(standing, tier)
 
     def _enter(self, standing: Standing, tier: Tier) -> None:
-        if standing.is_ranked:
-            for order in self._orders(standing):
-                order.entered(standing, tier)
-        elif standing.is_closed and not (standing.num_running or standing.is_pinned):
-            self._closed[tier][standing] = None
+        for order in self._orders(standing):
+            order.entered(standing, tier)
 
     def _leave(self, standing: Standing, tier: Tier) -> None:
-        if standing.is_ranked:
-            for order in self._orders(standing):
-                order.left(standing, tier)
-        elif standing.is_closed:
-            self._closed[tier].pop(standing, None)
+        for order in self._orders(standing):
+            order.left(standing, tier)
 
     def _account(
         self, standing: Standing, tier: Tier, num_more: int, was_stored: bool
@@ -330,16 +406,17 @@ class Placement:
         if is_stored != was_stored:
             self._num_stored += 1 if is_stored else -1
             self._stored_kv_bytes += standing.kv_bytes * (1 if is_stored else -1)
-        if standing.tenant in self._tenant_bytes:
-            self._tenant_bytes[standing.tenant] += num_more
+        if self._tenants and standing.tenant in self._tenants:
+            self._tenants[standing.tenant].num_bytes += num_more
         if tier is Tier.HOST and standing.num_running:
             self._running_host_bytes += num_more
 
-    def _excess(self, tenant: str) -> int:
-        return self._tenant_bytes[tenant] - (self.config.quota(tenant) or 0)
+    def _over_quota(self) -> Iterator[_Tenant]:
+        return (tenant for tenant in self._tenants.values() if tenant.excess > 0)
 
-    def _over_quota(self) -> Iterator[str]:
-        return (tenant for tenant in self._tenants if self._excess(tenant) > 0)
+
+def _is_before(standing: Standing, ticket: int | float) -> bool:
+    return bool(standing.tickets) and standing.tickets[0] < ticket
 
 
 def _is_stored(standing: Standing) -> bool:

@@ -40,6 +40,9 @@ class Policy(abc.ABC):
     def returned(self, standing: Standing, now: float) -> None:  # noqa: B027
         """A turn of an idle session came; its times are still those of the last."""
 
+    def closed(self, standing: Standing) -> None:  # noqa: B027
+        """Nobody will come back to the session: what was learnt of it is not missed."""
+
     @abc.abstractmethod
     def victims(
         self, tier: Tier, now: float, first_ticket: int | float = 0

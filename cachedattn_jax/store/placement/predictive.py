@@ -5,19 +5,22 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 from sortedcontainers import SortedDict
 
 from cachedattn_jax.store.placement.policy import Policy
 from cachedattn_jax.store.placement.return_times import (
     ReturnTimes,
     bin_of,
+    hazard,
     return_rates,
 )
 from cachedattn_jax.store.placement.standing import Standing
 from cachedattn_jax.store.placement.tier import TIERS, Tier
 
-# Classes: finished turns up to these, and sizes by powers of this.
-_TURNS = (1, 2, 4, 8, 16)
+# Classes: finished turns up to powers of two, the last without end, and sizes by powers
+# of this.
+_NUM_TURN_CLASSES = 6
 _SIZE_RATIO = 1.5
 _PER_LOG_SIZE = 1 / math.log(_SIZE_RATIO)
 # Tenants that get classes of their own; all others share theirs.
@@ -40,7 +43,7 @@ class _Class:
     Attributes:
         number: its place among the classes.
         turns: of `_TURNS`.
-        ranked: tiers in whose ranking it stands.
+        ranked: by tier in whose ranking it stands, the value that it stands there by.
         rates: by bin of the idle time, returns per second of being held.
         rises: whether a fresh conversation can be worth less than an older one.
         orders: by tier, its idle sessions by the time since when they are.
@@ -49,9 +52,9 @@ class _Class:
 
     number: int
     turns: int
-    ranked: set[Tier] = field(default_factory=set)
+    ranked: dict[Tier, float] = field(default_factory=dict)
     times: ReturnTimes = field(default_factory=ReturnTimes)
-    rates: list[float] = field(default_factory=list)
+    worth: list[float] = field(default_factory=list)
     rises: bool = False
     orders: dict[Tier, SortedDict] = field(
         default_factory=lambda: {tier: SortedDict() for tier in TIERS}
@@ -81,13 +84,12 @@ class BestValue(Policy):
     def __init__(self, token_weight: float = 0.0) -> None:
         self._token_weight = token_weight
         self._classes: dict[_ClassKey, _Class] = {}
-        self._by_turns = [ReturnTimes() for _ in range(len(_TURNS) + 1)]
-        self._class_of: dict[Standing, _Class] = {}
         self._tenants: set[str] = set()
-        self._first_rates = return_rates(ReturnTimes().hazard(0.0)).tolist()
+        self._first_worth = return_rates(hazard(ReturnTimes().counts(0.0))).tolist()
         self._num_events = 0
         self._next_refresh = 0
-        # By tier: (value of the worst session, number, class), a heap.
+        # By tier: (value of the worst session, number, class), a heap. Entries whose
+        # value is not the one that the class stands by any more are passed over.
         self._ranking: dict[Tier, list[tuple[float, int, _Class]]] = {
             tier: [] for tier in TIERS
         }
@@ -109,14 +111,16 @@ class BestValue(Policy):
         of = self._class(standing)
         of.note_size(standing)
         of.times.rested(standing, now)
-        self._by_turns[of.turns].rested(standing, now)
         self._num_events += 1
 
     def returned(self, standing: Standing, now: float) -> None:
         of = self._class(standing)
         of.times.returned(standing, now)
-        self._by_turns[of.turns].returned(standing, now)
         self._num_events += 1
+
+    def closed(self, standing: Standing) -> None:
+        # Or those that are left, which do come back, would look like it.
+        self._class(standing).times.forgot(standing)
 
     def victims(
         self, tier: Tier, now: float, first_ticket: int | float = 0
@@ -133,24 +137,29 @@ class BestValue(Policy):
         try:
             while heap:
                 value, _, of = heap[0]
+                if of.ranked.get(tier) != value:
+                    heapq.heappop(heap)
+                    continue
                 front, back = given.get(of, (0, 0))
                 worst = self._worst(of, tier, now, front, back)
                 if worst is None:
                     heapq.heappop(heap)
-                    of.ranked.discard(tier)
+                    del of.ranked[tier]
                     continue
                 current, is_youngest, standing = worst
                 # A class is ranked by what its worst session was worth a while ago.
                 if current > value and len(heap) > 1:
                     heapq.heapreplace(heap, (current, of.number, of))
+                    of.ranked[tier] = current
                     if heap[0][2] is not of:
                         continue
                 given[of] = (front, back + 1) if is_youngest else (front + 1, back)
                 self._last_idle_s[tier] = now - standing.used_at
                 yield standing
         finally:
+            # Whoever asked may have taken none of them.
             for of in given:
-                if tier not in of.ranked and of.orders[tier]:
+                if of.orders[tier]:
                     self._rank(of, tier, now)
 
     def _is_ranking_old(self, tier: Tier, now: float) -> bool:
@@ -164,16 +173,22 @@ class BestValue(Policy):
         self._ranking[tier].clear()
         self._ranked_at[tier] = now
         self._ranked_after[tier] = self._num_events
+        heap = self._ranking[tier]
         for of in self._classes.values():
-            of.ranked.discard(tier)
-            if of.orders[tier]:
-                self._rank(of, tier, now)
+            of.ranked.pop(tier, None)
+            worst = self._worst(of, tier, now, 0, 0)
+            if worst is not None:
+                of.ranked[tier] = worst[0]
+                heap.append((worst[0], of.number, of))
+        heapq.heapify(heap)
 
     def _rank(self, of: _Class, tier: Tier, now: float) -> None:
         """Puts a class in its place among those with idle sessions in the tier."""
         worst = self._worst(of, tier, now, 0, 0)
         assert worst is not None
-        of.ranked.add(tier)
+        if of.ranked.get(tier) == worst[0]:
+            return
+        of.ranked[tier] = worst[0]
         heapq.heappush(self._ranking[tier], (worst[0], of.number, of))
 
     def _worst(
@@ -189,22 +204,17 @@ class BestValue(Policy):
         if left < 1:
             return None
         oldest, standing = order.peekitem(front)
-        value = self._value(of, now - oldest[0])
+        value = of.worth[bin_of(now - oldest[0])]
         if of.rises and left > 1:
             youngest, other = order.peekitem(-1 - back)
-            other_value = self._value(of, now - youngest[0])
+            other_value = of.worth[bin_of(now - youngest[0])]
             if other_value < value:
                 return other_value, True, other
         return value, False, standing
 
-    def _value(self, of: _Class, idle_s: float) -> float:
-        benefit = of.mean_tokens**self._token_weight if self._token_weight else 1.0
-        return of.rates[bin_of(idle_s)] * benefit / max(1.0, of.mean_bytes)
-
     def _class(self, standing: Standing) -> _Class:
-        turns = 0
-        while turns < len(_TURNS) and standing.num_turns > _TURNS[turns]:
-            turns += 1
+        turns = max(0, standing.num_turns - 1).bit_length()
+        turns = min(turns, _NUM_TURN_CLASSES - 1)
         size = int(math.log(max(1, standing.num_tokens)) * _PER_LOG_SIZE)
         tenant = standing.tenant
         if tenant not in self._tenants:
@@ -216,15 +226,21 @@ class BestValue(Policy):
         found = self._classes.get(key)
         if found is None:
             found = self._classes[key] = _Class(len(self._classes), turns)
-            found.rates = self._first_rates
+            found.worth = self._first_worth
             self._next_refresh = self._num_events
         return found
 
     def _refresh(self, now: float) -> None:
-        priors = [times.hazard(now) for times in self._by_turns]
-        for of in self._classes.values():
-            rates = return_rates(of.times.hazard(now, priors[of.turns]))
-            of.rates = rates.tolist()
+        counts = {of: of.times.counts(now) for of in self._classes.values()}
+        # Few were seen of most classes: they are drawn towards all with as many turns.
+        by_turns: dict[int, np.ndarray] = {}
+        for of, found in counts.items():
+            by_turns[of.turns] = by_turns.get(of.turns, 0.0) + found
+        priors = {turns: hazard(found) for turns, found in by_turns.items()}
+        for of, found in counts.items():
+            rates = return_rates(hazard(found, priors[of.turns]))
+            benefit = of.mean_tokens**self._token_weight
+            of.worth = (rates * (benefit / max(1.0, of.mean_bytes))).tolist()
             of.rises = bool(rates[0] < rates.max())
         self._next_refresh = self._num_events + max(
             _FIRST_REFRESH, int(_REFRESH * min(self._num_events, 20_000))

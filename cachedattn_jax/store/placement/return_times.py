@@ -64,11 +64,15 @@ class ReturnTimes:
         if since is not None:
             self._ended[bin_of(now - since)] += 1
 
-    def hazard(self, now: float, prior: np.ndarray = _PRIOR_HAZARD) -> np.ndarray:
-        """By bin: the chance to return in it, for one still idle at its beginning.
+    def forgot(self, standing: Standing) -> None:
+        """Its idle time does not count, neither as ended nor as going on."""
+        self._idle.pop(standing, None)
 
-        The product-limit estimate (Kaplan and Meier, 1958): an idle time that goes on
-        counts up to where it is, so that conversations which are over are not missed.
+    def counts(self, now: float) -> np.ndarray:
+        """By bin, [2, bins]: those that returned in it, and those that came so far.
+
+        An idle time that goes on counts up to where it is, so that conversations which
+        are over are not missed.
         """
         if self._ended.sum() > _MAX_ENDED:
             self._ended /= 2
@@ -82,7 +86,16 @@ class ReturnTimes:
         ended_later = self._ended[::-1].cumsum()[::-1]
         given_up_later = self._given_up[::-1].cumsum()[::-1] - self._given_up
         at_risk = ended_later + given_up_later + passed
-        return (self._ended + _PRIOR_WEIGHT * prior) / (at_risk + _PRIOR_WEIGHT)
+        return np.stack([self._ended, at_risk])
+
+
+def hazard(counts: np.ndarray, prior: np.ndarray = _PRIOR_HAZARD) -> np.ndarray:
+    """By bin: the chance to return in it, for one still idle at its beginning.
+
+    The product-limit estimate (Kaplan and Meier, 1958), drawn towards a prior.
+    """
+    ended, at_risk = counts
+    return (ended + _PRIOR_WEIGHT * prior) / (at_risk + _PRIOR_WEIGHT)
 
 
 def return_rates(hazard: np.ndarray) -> np.ndarray:

@@ -22,7 +22,8 @@ class Standing:
         returns_at: when its next turn will come; only an oracle can say.
         tickets: places in the queue of its waiting turns, soonest first.
         num_bytes: bytes in each tier; a tier without any is not in it.
-        entered: for the same tiers, a number that grows with every entry.
+        entered: for the same tiers, a number that grows with every entry, where the
+            policy is FIFO.
         disk_only_bytes: of those on disk, bytes in no faster tier.
         num_running: turns that run now.
     """
@@ -42,11 +43,6 @@ class Standing:
     num_running: int = 0
     is_closed: bool = False
     is_pinned: bool = False
-
-    @property
-    def is_ranked(self) -> bool:
-        """Whether policies have a say: it may go, and nothing says that it must."""
-        return not (self.num_running or self.is_pinned or self.is_closed)
 
     @property
     def is_idle(self) -> bool:
