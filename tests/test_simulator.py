@@ -162,8 +162,8 @@ def test_a_conversation_by_hand():
     assert turns["arrived_s"][1] == pytest.approx(turns["ended_s"][0] + 5.0)
     # 12 tokens were said, 11 have keys and values: two full pages and a tail of 3.
     assert [int(turns[name][1]) for name in SOURCES] == [0, 11, 0, 0, 5]
-    # Fewer than four pages leave at the end of their turn, with its tail. 17 tokens then
-    # take five pages, of which the first two are saved already.
+    # Fewer than four pages leave at the end of their turn, with its tail. Then 17
+    # tokens take five pages, of which the first two are saved already.
     assert simulated.moves == [("save", 0, 3), ("save", 0, 3)]
     # 110 bytes over 10 kB/s for four layers: the first is not hidden by computing.
     assert turns["stall_s"][1] == pytest.approx(0.011 / 4)
