@@ -226,9 +226,12 @@ class SimulatedStore:
 
     def _keep_reserve(self, now: float) -> bool:
         """Whether pages left host memory so that its reserve is free."""
-        reserve = self.placement.reserve_bytes
-        shortage = self.num_host + -(-reserve // self._page_bytes) - self._max_host
-        if shortage <= 0 or not reserve or not self._max_disk:
+        if not self._max_disk:
+            return False
+        free = self.system.host_bytes - self.num_host * self._page_bytes
+        wanted = self.placement.wanted_free_bytes(free)
+        shortage = self.num_host + -(-wanted // self._page_bytes) - self._max_host
+        if shortage <= 0 or not wanted:
             return False
         before = self.num_host
         self._demote(shortage, now, for_reserve=True)

@@ -118,8 +118,11 @@ class Evictor:
         Only pages that the disk takes leave: nothing is lost for the reserve. Those of
         the next turns stay.
         """
-        least = self._placement.reserve_bytes
-        if self._disk is None or not least or self._host.has_room(least):
+        if self._disk is None:
+            return
+        free_bytes = self._host.capacity_bytes - self._host.used_bytes
+        least = self._placement.wanted_free_bytes(free_bytes)
+        if self._host.has_room(least):
             return
         missing = self._missing_pages(least)
         units = self._choose(Tier.HOST, missing, spares_next=True)

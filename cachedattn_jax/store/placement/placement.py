@@ -63,6 +63,7 @@ class Placement:
         self.standings: dict[Session, Standing] = {}
         self.moves: list[Move] | None = None
         self.reserve_bytes = int(config.host_reserve * host_bytes)
+        self._is_refilling = False
         self._host_bytes = host_bytes
         self._disk_bytes = disk_bytes
         self._policy = policy(config.policy, config.token_weight)
@@ -244,6 +245,19 @@ class Placement:
             self.moves.append((what, session, num_pages))
 
     # ---- decisions ----
+
+    def wanted_free_bytes(self, free_bytes: int) -> int:
+        """How much host memory the background should make free, of which so much is.
+
+        The reserve; once it is touched a quarter more, so that pages leave in runs and
+        not one by one at every step.
+        """
+        refilled_bytes = self.reserve_bytes + self.reserve_bytes // 4
+        if free_bytes < self.reserve_bytes:
+            self._is_refilling = True
+        elif free_bytes >= refilled_bytes:
+            self._is_refilling = False
+        return refilled_bytes if self._is_refilling else self.reserve_bytes
 
     def victims(
         self, tier: Tier, now: float, *, spares_next: bool = False
