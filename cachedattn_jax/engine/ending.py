@@ -50,10 +50,12 @@ class Ending:
             page_keys=tuple(keys),
         )
         if self._config.reuse == "cached":
-            num_pages = self._store.commit(job.lease, keys, tail, record, job.name)
+            num_pages, turn.stored = self._store.commit(
+                job.lease, keys, tail, record, job.name
+            )
             turn.bytes_device_to_host += num_pages * self._store.layout.page_bytes
         else:
-            self._store.catalog.commit(record)
+            turn.stored = self._store.catalog.commit(record)
         self.let_go(job)
         self.end(turn, reason)
 
@@ -78,7 +80,7 @@ class Ending:
 
     def _rest(self, turn: Turn, now: float) -> None:
         store, request = self._store, turn.request
-        record = store.catalog.find(request.tenant, request.session_id)
+        record = store.catalog.known(request.tenant, request.session_id)
         num_tokens = 0 if record is None else record.cached_length
         store.placement.ended(
             turn.session,

@@ -209,7 +209,9 @@ class Engine:
 
     def _check_prompt(self, request: Request) -> None:
         request.check_vocabulary(self.model.vocab_size)
-        record = self.store.catalog.find(request.tenant, request.session_id)
+        record = self.store.catalog.find(
+            request.tenant, request.session_id, is_fresh=True
+        )
         check_window(self.model.window, request, record)
 
     def _check_quiet(self, tenant: str, session_id: str) -> None:

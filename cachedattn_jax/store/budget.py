@@ -4,19 +4,17 @@ Knows budgets. Does not know arrays or pages; imports no jax.
 """
 
 import os
-import re
 import shutil
 from dataclasses import dataclass, replace
 from typing import no_type_check
 
+from cachedattn_jax.store.byte_count import parse_bytes
+from cachedattn_jax.store.io_config import IoConfig
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.link import EmulatedLink
 from cachedattn_jax.store.placement.placement_config import PlacementConfig
 
 WRITE_POLICIES = ("write_through", "write_back", "write_through_selective")
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @no_type_check  # gin passes what users write; checked here in words of ours
@@ -38,6 +36,9 @@ class StoreConfig:
             that needs slots waits for a save only when so many are under way.
         is_saving_synchronous: every turn waits for its pages to be saved when it ends;
             the baseline of the paper's section 3.2.2.
+        tenant_secret_file: a file whose content salts the page keys of every tenant;
+            None where tenants trust each other.
+        io: time-outs, retries and other limits of the disk tier.
         host_device_link, disk_host_link: emulated connections, for machines that have
             none to measure with; None for the real ones.
     """
@@ -50,6 +51,8 @@ class StoreConfig:
     write_policy: str = "write_through"
     write_buffer_bytes: int | str = "512 MiB"
     is_saving_synchronous: bool = False
+    tenant_secret_file: str | None = None
+    io: IoConfig = IoConfig()
     host_device_link: EmulatedLink | None = None
     disk_host_link: EmulatedLink | None = None
 
@@ -66,6 +69,8 @@ class StoreConfig:
                 f"write_policy={self.write_policy!r} is not one of"
                 f" {', '.join(WRITE_POLICIES)}"
             )
+        if not isinstance(self.io, IoConfig):
+            raise ValueError(f"io={self.io!r} must be an IoConfig")
         for name in ("host_device_link", "disk_host_link"):
             link = getattr(self, name)
             if not isinstance(link, EmulatedLink | None):
@@ -109,28 +114,6 @@ class StoreConfig:
     def num_slots(self, layout: Layout) -> int:
         """Pages that fit in device memory."""
         return self.num_device_bytes // layout.page_bytes
-
-
-@no_type_check
-def parse_bytes(name: str, value: int | str) -> int:
-    """Bytes meant by a number or by text such as "64 GiB" or "500MB".
-
-    Raises:
-        ValueError: not such a number, or negative.
-    """
-    number: float | None = None
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", value)
-        if match and match[2].upper() in _UNITS:
-            number = float(match[1]) * _UNITS[match[2].upper()]
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        number = value
-    if number is None or number < 0 or number != number:
-        raise ValueError(
-            f"{name}={value!r} must be a number of bytes of at least 0,"
-            ' or text such as "64 GiB"'
-        )
-    return int(number)
 
 
 def _check_memory(name: str, num_bytes: int) -> None:

@@ -11,7 +11,7 @@ from itertools import islice
 import jax
 
 from cachedattn_jax.store.device_pool import DevicePool
-from cachedattn_jax.store.disk_tier import DiskTier
+from cachedattn_jax.store.disk_tier import PASSING, DiskTier
 from cachedattn_jax.store.host_tier import HostTier
 from cachedattn_jax.store.link import Copy
 from cachedattn_jax.store.page_index import PageEntry, PageIndex
@@ -21,11 +21,19 @@ from cachedattn_jax.timeline import Timeline
 # Above this share of the host budget, the pages next to leave are copied to disk ahead
 # of time, so that making room rarely waits for a write.
 _CLEAN_ABOVE = 0.75
-_MAX_WRITES = 16
+_BATCH_PAGES = 16
+# A page that could not be written is tried again after so long, while it is there.
+_WRITE_AGAIN_S = 1.0
+# And one that could not be read, which its turn has computed again.
+_READ_AGAIN_S = 1.0
 
 
 class Evictor:
-    """Frees slots, host bytes and disk bytes, asking the policy who goes first."""
+    """Frees slots, host bytes and disk bytes, asking the policy who goes first.
+
+    Args:
+        backlog_bytes: of pages that are being written; what comes beyond waits.
+    """
 
     def __init__(
         self,
@@ -35,6 +43,7 @@ class Evictor:
         disk: DiskTier | None,
         timeline: Timeline,
         counters: Counter[str],
+        backlog_bytes: int,
     ) -> None:
         self._index = index
         self._placement = index.placement
@@ -44,6 +53,8 @@ class Evictor:
         self._timeline = timeline
         self._counters = counters
         self._writes: deque[tuple[Copy, PageEntry]] = deque()
+        object_bytes = disk.object_bytes if disk else 1
+        self._max_writes = max(1, backlog_bytes // object_bytes)
 
     @property
     def has_disk(self) -> bool:
@@ -71,10 +82,12 @@ class Evictor:
         if num_bytes > self._host.capacity_bytes:
             return False
         while not self._host.has_room(num_bytes):
-            victims = self._choose(Tier.HOST, _MAX_WRITES)
+            victims = self._choose(Tier.HOST, _BATCH_PAGES)
             if not victims:
                 return False
             for entry in victims:
+                if self._is_backlogged:
+                    break
                 self._demote(entry)
                 if not self._is_whole and self._host.has_room(num_bytes):
                     return True
@@ -88,11 +101,6 @@ class Evictor:
                 self._settle_oldest()
         return True
 
-    def limit_writes(self) -> None:
-        """Waits until no more writes are under way than are useful."""
-        while len(self._writes) > _MAX_WRITES:
-            self._settle_oldest()
-
     def write(
         self,
         entry: PageEntry,
@@ -101,20 +109,26 @@ class Evictor:
     ) -> bool:
         """Whether the page is on disk or on its way there.
 
+        Waits while more bytes are on their way than the backlog may have.
+
         Args:
             groups, row: where its bytes are, for a page that is not in host memory.
         """
         if entry.on_disk or entry.is_writing:
             return True
-        if self._disk is None or entry.is_unwritable or entry.token_ids is None:
+        if self._disk is None or entry.token_ids is None:
+            return False
+        if not self._disk.can_be_written or entry.write_again_s > time.monotonic():
             return False
         if not self._make_disk_room(self._disk):
             return False
+        while self._is_backlogged:
+            self._settle_oldest()
         if entry.slab is not None:
             groups, row = entry.slab.groups, entry.row
         assert groups is not None
         entry.is_writing = True
-        copy = self._disk.write(entry.key, entry.token_ids, groups, row)
+        copy = self._disk.write(entry, groups, row)
         self._writes.append((copy, entry))
         return True
 
@@ -122,11 +136,14 @@ class Evictor:
         """Takes note of finished writes and starts those that will be needed soon."""
         while self._writes and self._writes[0][0].has_ended:
             self._settle_oldest()
-        if self._disk is None or not self._host.capacity_bytes:
+        if self._disk is None:
+            return
+        self._disk.poll()
+        if not self._host.capacity_bytes:
             return
         if self._host.used_bytes > _CLEAN_ABOVE * self._host.capacity_bytes:
-            for entry in self._choose(Tier.HOST, _MAX_WRITES):
-                if len(self._writes) < _MAX_WRITES:
+            for entry in self._choose(Tier.HOST, _BATCH_PAGES):
+                if not self._is_backlogged:
                     self.write(entry)
 
     def keep_reserve(self) -> None:
@@ -137,13 +154,13 @@ class Evictor:
         least = self._placement.reserve_bytes
         if self._disk is None or not least or self._host.has_room(least):
             return
-        victims = self._choose(Tier.HOST, _MAX_WRITES, spares_next=True)
+        victims = self._choose(Tier.HOST, _BATCH_PAGES, spares_next=True)
         for entry in victims:
             if entry.on_disk:
                 self._demote(entry)
                 if not self._is_whole and self._host.has_room(least):
                     return
-            elif len(self._writes) < _MAX_WRITES:
+            elif not self._is_backlogged:
                 self.write(entry)
 
     def drop(self, session: str, tiers: Sequence[Tier] = tuple(Tier)) -> None:
@@ -192,8 +209,25 @@ class Evictor:
         if entry.on_disk:
             assert self._disk is not None
             entry.on_disk = False
-            self._disk.delete(entry.key)
+            self._disk.delete(entry)
             self._index.unplace(entry, Tier.DISK)
+
+    def give_up_object(self, entry: PageEntry, reason: str) -> None:
+        """Takes note that a page's object could not be used.
+
+        What is wrong with the object itself goes to quarantine; what may pass lets it
+        be for a while.
+        """
+        if not entry.on_disk:
+            return
+        assert self._disk is not None
+        if reason in PASSING:
+            entry.read_again_s = time.monotonic() + _READ_AGAIN_S
+            return
+        self._counters["quarantined"] += reason != "missing"
+        entry.on_disk = False
+        self._disk.quarantine(entry, reason)
+        self._index.unplace(entry, Tier.DISK)
 
     def leave_host(self, entry: PageEntry) -> None:
         """Gives up the page's row in host memory, if it has one."""
@@ -201,6 +235,13 @@ class Evictor:
             self._host.release_row(entry.slab)
             entry.slab = None
             self._index.unplace(entry, Tier.HOST)
+
+    @property
+    def _is_backlogged(self) -> bool:
+        """Whether as many bytes are being written as may be."""
+        while self._writes and self._writes[0][0].has_ended:
+            self._settle_oldest()
+        return len(self._writes) >= self._max_writes
 
     @property
     def _is_whole(self) -> bool:
@@ -260,11 +301,11 @@ class Evictor:
         entry.is_writing = False
         assert self._disk is not None
         if copy.has_failed:
-            self._disk.forget()
+            self._disk.forget(entry)
             self._counters["write_failures"] += 1
-            entry.is_unwritable = True
+            entry.write_again_s = time.monotonic() + _WRITE_AGAIN_S
         elif self._index.find(entry.key) is not entry:
-            self._disk.delete(entry.key)
+            self._disk.delete(entry)
         else:
             self._note_write(copy)
             entry.on_disk = True

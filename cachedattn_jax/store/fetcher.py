@@ -3,11 +3,13 @@
 Knows reads under way and room in host memory. Does not know which session is next.
 """
 
+import time
 from collections import Counter, deque
 from dataclasses import dataclass
 
 from cachedattn_jax.store.device_pool import DevicePool, split_runs
-from cachedattn_jax.store.disk_tier import DiskRead, DiskTier
+from cachedattn_jax.store.disk_read import DiskRead
+from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.evictor import Evictor
 from cachedattn_jax.store.host_tier import HostTier, Slab
 from cachedattn_jax.store.page_index import PageEntry, PageIndex
@@ -50,17 +52,22 @@ class Fetcher:
     def fetch(self, session: str) -> bool:
         """Begins to read a session's pages; whether there was room for all of them."""
         disk, page_bytes = self._disk, self._pool.layout.page_bytes
-        if disk is None:
+        if disk is None or not disk.can_be_read:
             return False
         # Pages that a turn holds are read straight to the device.
-        wanted = [e for e in self._index.on_disk_only(session) if not e.holds]
+        now = time.monotonic()
+        wanted = [
+            entry
+            for entry in self._index.on_disk_only(session)
+            if not entry.holds and entry.read_again_s <= now
+        ]
         if not self._host.has_room(len(wanted) * page_bytes):
             return False
         for run in split_runs(wanted):
             if len(self._arrivals) >= _MAX_READS:
                 return False
             slab = self._host.reserve(len(run), len(run) * page_bytes)
-            read = disk.read([entry.key for entry in run])
+            read = disk.read(run)
             arrival = Arrival(entries=run, read=read, slab=slab)
             self._arrivals.append(arrival)
             self._counters["pages_fetched"] += len(run)
@@ -86,7 +93,7 @@ class Fetcher:
             entry.arrival = None
             if row in bad:
                 self._counters[f"miss_{bad[row]}"] += 1
-                self._evictor.leave_disk(entry)
+                self._evictor.give_up_object(entry, bad[row])
             is_wanted = self._index.find(entry.key) is entry and entry.slab is None
             if row in bad or not is_wanted:
                 self._host.release_row(slab)

@@ -157,6 +157,8 @@ def decode_header(layout: Layout, key: PageKey, data: bytes) -> PageHeader:
     end = _FIXED.size + 4 * (page_tokens + shape[0] * shape[1])
     if struct.unpack_from("<I", data, end)[0] != crc32c.crc32c(data[:end]):
         raise BadPage("header_checksum")
+    if any(data[end + 4 : payload_offset(layout)]):
+        raise BadPage("header_checksum")
     if found != key:
         raise BadPage("other_key")
     ids = np.frombuffer(data, "<i4", num_tokens, _FIXED.size)
@@ -167,15 +169,18 @@ def decode_header(layout: Layout, key: PageKey, data: bytes) -> PageHeader:
 
 
 def verify_layers(
-    layout: Layout, header: PageHeader, first_layer: int, payload: memoryview
+    layout: Layout,
+    header: PageHeader,
+    first_layer: int,
+    num_layers: int,
+    payload: memoryview,
 ) -> None:
     """Checks whole layers, `first_layer` and the following, against the header.
 
     Raises:
         BadPage: the bytes end early or differ from what was written.
     """
-    num_layers, rest = divmod(len(payload), layout.layer_bytes)
-    if rest or first_layer + num_layers > layout.num_layers:
+    if len(payload) != num_layers * layout.layer_bytes:
         raise BadPage("torn")
     expected = header.checksums[first_layer : first_layer + num_layers].reshape(-1)
     for checksum, found in zip(expected, _checksums(layout, payload), strict=True):

@@ -249,7 +249,6 @@ class Saver:
         for row, entry in enumerate(run.entries):
             if not self._evictor.write(entry, slab.groups, row):
                 self._counters["pages_not_saved"] += 1
-        self._evictor.limit_writes()
 
     def _settle(self) -> None:
         while self._flights and self._flights[0].copy.has_ended:

@@ -6,8 +6,10 @@ bytes.
 """
 
 import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 
 import jax
@@ -25,10 +27,11 @@ from cachedattn_jax.store.lease import Lease
 from cachedattn_jax.store.leases import Leases
 from cachedattn_jax.store.link import Links
 from cachedattn_jax.store.page import PageKey, Tail
-from cachedattn_jax.store.page_index import UNCLAIMED, PageIndex
+from cachedattn_jax.store.page_index import PageIndex, unclaimed
 from cachedattn_jax.store.placement.placement import Placement
 from cachedattn_jax.store.placement.tier import Tier
 from cachedattn_jax.store.root import Root
+from cachedattn_jax.store.salts import read_salts
 from cachedattn_jax.store.saver import Saver
 from cachedattn_jax.store.watcher import Watcher
 from cachedattn_jax.timeline import Timeline
@@ -58,7 +61,8 @@ class TieredStore:
         }
         self.pool = DevicePool(layout, config.num_slots(layout), device)
         self.host = HostTier(config.num_host_bytes)
-        self.root = Root(config.disk_root, layout) if config.disk_root else None
+        self.salts = read_salts(config.tenant_secret_file)
+        self.root = self._open_root()
         self.disk = self._open_disk()
         self.catalog = Catalog(self.root)
         self.placement = Placement(
@@ -69,7 +73,13 @@ class TieredStore:
         self.index = PageIndex(self.placement, layout.page_bytes)
         self.counters: Counter[str] = Counter()
         self._evictor = Evictor(
-            self.index, self.pool, self.host, self.disk, self.timeline, self.counters
+            self.index,
+            self.pool,
+            self.host,
+            self.disk,
+            self.timeline,
+            self.counters,
+            config.io.num_backlog_bytes,
         )
         self.saver = Saver(
             self.index,
@@ -92,14 +102,27 @@ class TieredStore:
             self.watchers["host-to-device"],
             self.counters,
         )
-        for key in self.disk.list() if self.disk else ():
-            entry = self.index.add(key, UNCLAIMED, None)
-            entry.on_disk = True
-            self.index.place(entry, Tier.DISK)
-        self.placement.closed(UNCLAIMED)
+        self._take_in_objects()
         self._fetcher = Fetcher(
             self.index, self.pool, self.host, self.disk, self._evictor, self.counters
         )
+
+    def _open_root(self) -> Root | None:
+        config = self.config
+        if not config.disk_root:
+            return None
+        return Root(config.disk_root, self.layout, config.io, self.salts)
+
+    def _take_in_objects(self) -> None:
+        """Makes known what lies on disk; no page is read for that."""
+        for tenant, key in self.disk.list() if self.disk else ():
+            owner = unclaimed(tenant)
+            if owner not in self.placement.standings:
+                self.placement.known(owner, urllib.parse.unquote(tenant))
+            entry = self.index.add(key, owner, None)
+            entry.on_disk = True
+            self.index.place(entry, Tier.DISK)
+            self.placement.closed(owner)
 
     def _open_disk(self) -> DiskTier | None:
         num_bytes = self.config.num_disk_bytes
@@ -133,7 +156,7 @@ class TieredStore:
         tail: Tail | None,
         record: SessionRecord,
         turn: str = "",
-    ) -> int:
+    ) -> "tuple[int, Future[None]]":
         """Ends a turn well: pages findable and saved, then the record, then the old
         tail.
 
@@ -142,7 +165,8 @@ class TieredStore:
             tail: its partly filled last page.
 
         Returns:
-            How many pages will leave the device for that.
+            How many pages will leave the device for that, and when the record is
+            stored; see `Catalog.commit`.
         """
         self.leases.publish(lease, keys, record.token_ids)
         old_tail = self.leases.tails.pop(lease.session, None)
@@ -160,15 +184,16 @@ class TieredStore:
             self.saver.save_queued(turn)
         if self.config.is_saving_synchronous:
             self.saver.drain()
-        self.catalog.commit(record)
+        stored = self.catalog.commit(record)
         if old_tail is not None and (tail is None or old_tail.key != tail.key):
             self._evictor.retire(old_tail)
-        return num_asked
+        return num_asked, stored
 
     def poll(self) -> None:
         """Notes finished copies and does in the background what placement wants."""
         self.saver.poll()
         self._fetcher.poll()
+        self.catalog.poll()
         self._evictor.settle_writes()
         now = time.monotonic()
         for standing in self.placement.expired(now):
@@ -232,6 +257,7 @@ class TieredStore:
         self.saver.save_now(list(self.index.in_tier(Tier.DEVICE)))
         self.saver.drain()
         self._evictor.drain()
+        self.catalog.close()
         if self.root:
             self.root.close()
         for watcher in self.watchers.values():
