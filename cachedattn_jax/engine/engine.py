@@ -5,6 +5,7 @@ Knows how the parts are put together. Does not know how a turn goes on: see `loo
 
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 
 import jax
 
@@ -144,10 +145,13 @@ class Engine:
         self._check_quiet(tenant, session_id)
         self.store.rewind(tenant, session_id, num_tokens)
 
-    def forget(self, tenant: str, session_id: str) -> None:
-        """Deletes a session and its pages; ValueError while it has a turn under way."""
+    def forget(self, tenant: str, session_id: str) -> "Future[None]":
+        """Deletes a session and its pages; ValueError while it has a turn under way.
+
+        The future ends when a restart would not find it any more.
+        """
         self._check_quiet(tenant, session_id)
-        self.store.forget_session(tenant, session_id)
+        return self.store.forget_session(tenant, session_id)
 
     def close_session(self, tenant: str, session_id: str) -> None:
         """Says that a conversation is over: its pages are the first to go.

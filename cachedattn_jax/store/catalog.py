@@ -60,10 +60,8 @@ class Catalog:
         self._records: dict[tuple[str, str], SessionRecord] = {}
         self._stored: set[tuple[str, str]] = set()
         self._writer = RecordWriter(root, self._lose) if root else None
-        for name in root.list(SESSIONS) if root else ():
-            tenant, _, session_id = name.partition("/")
-            if session_id and "/" not in session_id:
-                self._stored.add((_unquoted(tenant), _unquoted(session_id)))
+        names = root.list(SESSIONS) if root else ()
+        self._stored.update(filter(None, map(session_name, names)))
 
     @property
     def num_unstored(self) -> int:
@@ -118,19 +116,17 @@ class Catalog:
         self._records.pop(name, None)
         self._records[name] = record
         if self._writer is None:
-            done: Future[None] = Future()
-            done.set_result(None)
-            return done
+            return _done()
         self._stored.add(name)
         self._trim(self._writer)
         return self._writer.write(_key(*name), _encode(record))
 
-    def remove(self, tenant: str, session_id: str) -> "Future[None] | None":
-        """Forgets a session; the future, if something is stored, ends with that."""
+    def remove(self, tenant: str, session_id: str) -> "Future[None]":
+        """Forgets a session; the future ends when nothing of it is stored."""
         name = (tenant, session_id)
         self._records.pop(name, None)
         if name not in self._stored or self._writer is None:
-            return None
+            return _done()
         self._stored.discard(name)
         return self._writer.write(_key(*name), None)
 
@@ -171,8 +167,9 @@ class Catalog:
 
     def _lose(self, key: str) -> None:
         """Another replica has changed the session: what is known here is void."""
-        tenant, _, session_id = key.removeprefix(SESSIONS).partition("/")
-        self._records.pop((_unquoted(tenant), _unquoted(session_id)), None)
+        name = session_name(key.removeprefix(SESSIONS))
+        if name is not None:
+            self._records.pop(name, None)
 
     def _trim(self, writer: RecordWriter) -> None:
         """Forgets the records in memory that were not used for longest."""
@@ -182,9 +179,23 @@ class Catalog:
                 del self._records[name]
 
 
+def _done() -> "Future[None]":
+    done: Future[None] = Future()
+    done.set_result(None)
+    return done
+
+
 def session_key(tenant: str, session_id: str) -> str:
     """One name for a session of a tenant, unlike that of any other."""
     return f"{_quoted(tenant)}/{_quoted(session_id)}"
+
+
+def session_name(key: str) -> tuple[str, str] | None:
+    """(tenant, session id) that a `session_key` was made from; None for another."""
+    tenant, _, session_id = key.partition("/")
+    if not tenant or not session_id or "/" in session_id:
+        return None
+    return urllib.parse.unquote(tenant), urllib.parse.unquote(session_id)
 
 
 def check_id(what: str, value: str) -> None:
@@ -204,10 +215,6 @@ def _key(tenant: str, session_id: str) -> str:
 def _quoted(name: str) -> str:
     # "." and ".." would be folders.
     return urllib.parse.quote(name, safe="").replace(".", "%2E")
-
-
-def _unquoted(name: str) -> str:
-    return urllib.parse.unquote(name)
 
 
 def _encode(record: SessionRecord) -> bytes:

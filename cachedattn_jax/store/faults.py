@@ -30,6 +30,7 @@ class Faults:
 
     Attributes:
         injected: how often each kind struck.
+        torn: names whose stored bytes are torn now.
         is_active: whether any does now; switched off, the store heals and all that
             hangs goes on.
     """
@@ -37,6 +38,7 @@ class Faults:
     def __init__(self, config: FaultConfig) -> None:
         self.config = config
         self.injected: Counter[str] = Counter()
+        self.torn: set[str] = set()
         self._random = random.Random(config.seed)
         self._lock = threading.Lock()
         self._healed = threading.Event()
@@ -73,6 +75,11 @@ class Faults:
             kind = self._random.choice(kinds)
             self.injected[kind] += 1
             return kind
+
+    def spare(self, kind: str) -> None:
+        """Takes a fault back that found nothing to strike."""
+        with self._lock:
+            self.injected[kind] -= 1
 
     def place(self, num_places: int) -> int:
         """Where in so many bytes a fault strikes."""
@@ -118,17 +125,25 @@ class FaultyKv:
 
     def write(self, key: str, value: bytes | None, **kwargs: Any) -> Any:
         kind = self._faults.draw_write()
-        if kind is None or (value is None and kind == "torn_write"):
+        if kind == "torn_write" and value is None:
+            self._faults.spare(kind)
+            kind = None
+        if kind is None:
+            self._faults.torn.discard(key)
             return self._kv.write(key, value, **kwargs)
         return _Struck(lambda timeout: self._write(kind, key, value, timeout, kwargs))
 
     def _read(self, kind: str, key: str, timeout: float | None, kwargs: dict) -> Any:
         self._fail(kind, timeout)
-        found = self._kv.read(key, **kwargs).result(timeout)
+        found = self._real(kind, timeout, lambda: self._kv.read(key, **kwargs))
         data = found.value
-        if kind == "short_read":
-            data = data[: self._faults.place(len(data))] if data else data
-        elif kind == "bit_flip" and data:
+        if kind not in ("short_read", "bit_flip"):
+            return found
+        if not data:
+            self._faults.spare(kind)
+        elif kind == "short_read":
+            data = data[: self._faults.place(len(data))]
+        else:
             place = self._faults.place(8 * len(data))
             flipped = bytearray(data)
             flipped[place // 8] ^= 1 << place % 8
@@ -145,11 +160,25 @@ class FaultyKv:
     ) -> Any:
         if kind == "hang" and self._faults.place(2):
             # It is done, and nobody is told.
-            self._kv.write(key, value, **kwargs).result(timeout)
+            self._kv.write(key, value, **kwargs).result()
+            self._faults.torn.discard(key)
+        self._fail(kind, timeout)
         if kind == "torn_write" and value:
             value = value[: self._faults.place(len(value))]
-        self._fail(kind, timeout)
-        return self._kv.write(key, value, **kwargs).result(timeout)
+        done = self._real(kind, timeout, lambda: self._kv.write(key, value, **kwargs))
+        self._faults.torn.discard(key)
+        if kind == "torn_write" and done.generation:
+            self._faults.torn.add(key)
+        return done
+
+    def _real(self, kind: str, timeout: float | None, start: Callable[[], Any]) -> Any:
+        """The operation itself; where it fails by itself no fault has struck."""
+        try:
+            return start().result(timeout)
+        except (ValueError, OSError):
+            if kind not in ("latency", "hang"):
+                self._faults.spare(kind)
+            raise
 
     def _fail(self, kind: str, timeout: float | None) -> None:
         config = self._faults.config

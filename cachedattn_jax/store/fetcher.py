@@ -83,19 +83,14 @@ class Fetcher:
 
     def _take_in(self, arrival: Arrival) -> None:
         read, slab, bad = arrival.read, arrival.slab, arrival.read.bad()
-        num_groups = self._pool.layout.num_groups
-        if len(bad) < len(arrival.entries):
-            runs = [read.group(group) for group in range(num_groups)]
-            slab.groups += self._pool.put_on_host(runs)
-            per_part = read.groups_per_part
-            slab.copies += [read.copies[g // per_part] for g in range(num_groups)]
+        is_here = len(bad) < len(arrival.entries) and self._fill(slab, read)
         for row, entry in enumerate(arrival.entries):
             entry.arrival = None
             if row in bad:
                 self._counters[f"miss_{bad[row]}"] += 1
                 self._evictor.give_up_object(entry, bad[row])
             is_wanted = self._index.find(entry.key) is entry and entry.slab is None
-            if row in bad or not is_wanted:
+            if row in bad or not is_wanted or not is_here:
                 self._host.release_row(slab)
                 self._index.note(entry)
                 continue
@@ -103,6 +98,21 @@ class Fetcher:
                 entry.token_ids = read.parts[0].result().headers[row].token_ids
             entry.slab, entry.row = slab, row
             self._index.place(entry, Tier.HOST)
+
+    def _fill(self, slab: Slab, read: DiskRead) -> bool:
+        """Whether what was read could be put into host memory."""
+        num_groups = self._pool.layout.num_groups
+        try:
+            slab.groups += self._pool.put_on_host(
+                [read.group(group) for group in range(num_groups)]
+            )
+        except Exception:  # out of memory, most likely: the pages stay on disk
+            self._counters["fetch_failures"] += 1
+            return False
+        slab.copies += [
+            read.copies[group // read.groups_per_part] for group in range(num_groups)
+        ]
+        return True
 
 
 def _has_ended(read: DiskRead) -> bool:

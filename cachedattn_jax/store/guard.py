@@ -15,6 +15,8 @@ from cachedattn_jax.store.breaker import Breaker
 
 # Listing reads whole folders; it is done at start-up and by people.
 _LIST_PATIENCE = 30
+# Operations count as slow from this share of the time-out on.
+_SLOW = 0.05
 
 # Status of TensorStore, and the reason that counters show. Order matters.
 _REASONS = (
@@ -160,5 +162,7 @@ class Guard:
         with self._lock:
             self.counters[f"{name}_operations"] += 1
             self.counters[f"{name}_us"] += taken_us
+            if taken_us > 1e6 * _SLOW * self.timeout_s:
+                self.counters[f"{name}_slow"] += 1
             if failure is not None:
                 self.counters[f"{name}_failed_{failure.reason}"] += 1

@@ -41,6 +41,7 @@ class Root:
 
     Args:
         url: a path, or a TensorStore URL such as file://, s3://, gs:// or memory://.
+        faults: strike operations of pages and records.
         is_writing: whether it may be written to; needs the lock of a local root.
 
     Attributes:
@@ -59,21 +60,23 @@ class Root:
         io: IoConfig = IoConfig(),
         salts: Salts | None = None,
         *,
+        faults: Faults | None = None,
         is_writing: bool = True,
     ) -> None:
         self.url = url
         self.folder = local_folder(url)
         self.is_shared = self.folder is None and not url.startswith("memory:")
-        self.faults = Faults(io.faults) if io.faults else None
         raw = _open(url, io, is_writing)
         self._lock = WriterLock(self.folder) if self.folder and is_writing else None
         try:
+            if self._lock is not None and self.folder is not None:
+                _remove_leftovers(self.folder)
             plain = _guard(raw, io)
             _claim(plain, url, layout, salts or Salts(), is_writing)
         except BaseException:
             self._release()
             raise
-        self.kv = _guard(FaultyKv(raw, self.faults), io) if self.faults else plain
+        self.kv = _guard(FaultyKv(raw, faults), io) if faults else plain
         self._workers = ThreadPoolExecutor(_IO_THREADS, thread_name_prefix="store-io")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-records")
         self._chores = ThreadPoolExecutor(1, thread_name_prefix="store-chores")
@@ -119,13 +122,6 @@ class Root:
             self.kv.write(new_key, found.value).result()
         self.kv.write(key, None).result()
 
-    def remove_leftovers(self) -> int:
-        """Removes what writes left behind that a killed process had begun; how many."""
-        leftovers = list(self.folder.rglob("*.__lock")) if self.folder else []
-        for path in leftovers:
-            path.unlink(missing_ok=True)
-        return len(leftovers)
-
     def close(self) -> None:
         """Waits for the work handed in, stops the threads, lets others write."""
         self._chores.shutdown(wait=True, cancel_futures=True)
@@ -159,6 +155,14 @@ def local_folder(url: str) -> pathlib.Path | None:
     if "://" in url:
         return None
     return pathlib.Path(url).expanduser().absolute()
+
+
+def _remove_leftovers(folder: pathlib.Path) -> None:
+    """Removes the files of writes that a killed process had begun."""
+    for path, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(".__lock"):
+                os.unlink(os.path.join(path, name))
 
 
 def _guard(kv: object, io: IoConfig) -> Guard:

@@ -20,6 +20,7 @@ from cachedattn_jax.store.catalog import Catalog, SessionRecord, session_key
 from cachedattn_jax.store.device_pool import DevicePool
 from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.evictor import Evictor
+from cachedattn_jax.store.faults import Faults
 from cachedattn_jax.store.fetcher import Fetcher
 from cachedattn_jax.store.host_tier import HostTier
 from cachedattn_jax.store.layout import Layout
@@ -33,6 +34,7 @@ from cachedattn_jax.store.placement.tier import Tier
 from cachedattn_jax.store.root import Root
 from cachedattn_jax.store.salts import read_salts
 from cachedattn_jax.store.saver import Saver
+from cachedattn_jax.store.survey import Survey
 from cachedattn_jax.store.watcher import Watcher
 from cachedattn_jax.timeline import Timeline
 
@@ -41,6 +43,7 @@ class TieredStore:
     """Pages of all sessions in device, host and disk memory under three budgets.
 
     Attributes:
+        faults: what is injected below the device, for tests.
         watchers: of the compute stream and of both directions of copies, by name.
     """
 
@@ -61,6 +64,8 @@ class TieredStore:
         }
         self.pool = DevicePool(layout, config.num_slots(layout), device)
         self.host = HostTier(config.num_host_bytes)
+        self.faults = Faults(config.io.faults) if config.io.faults else None
+        self.pool.faults = self.faults
         self.salts = read_salts(config.tenant_secret_file)
         self.root = self._open_root()
         self.disk = self._open_disk()
@@ -103,6 +108,7 @@ class TieredStore:
             self.counters,
         )
         self._take_in_objects()
+        self.survey = self._begin_survey()
         self._fetcher = Fetcher(
             self.index, self.pool, self.host, self.disk, self._evictor, self.counters
         )
@@ -111,7 +117,9 @@ class TieredStore:
         config = self.config
         if not config.disk_root:
             return None
-        return Root(config.disk_root, self.layout, config.io, self.salts)
+        return Root(
+            config.disk_root, self.layout, config.io, self.salts, faults=self.faults
+        )
 
     def _take_in_objects(self) -> None:
         """Makes known what lies on disk; no page is read for that."""
@@ -123,6 +131,19 @@ class TieredStore:
             entry.on_disk = True
             self.index.place(entry, Tier.DISK)
             self.placement.closed(owner)
+
+    def _begin_survey(self) -> Survey | None:
+        if self.root is None or self.disk is None or not self.disk.num_objects:
+            return None
+        return Survey(
+            self.root,
+            self.layout,
+            self.salts,
+            self.catalog.sessions(),
+            self.index,
+            self._evictor,
+            self.counters,
+        )
 
     def _open_disk(self) -> DiskTier | None:
         num_bytes = self.config.num_disk_bytes
@@ -194,6 +215,8 @@ class TieredStore:
         self.saver.poll()
         self._fetcher.poll()
         self.catalog.poll()
+        if self.survey is not None:
+            self.survey.poll()
         self._evictor.settle_writes()
         now = time.monotonic()
         for standing in self.placement.expired(now):
@@ -242,15 +265,19 @@ class TieredStore:
         token_ids = record.token_ids[:num_tokens]
         self.catalog.commit(replace(record, token_ids=token_ids, page_keys=keys))
 
-    def forget_session(self, tenant: str, session_id: str) -> None:
-        """Forgets a session's record and the pages it answers for; none may be held."""
+    def forget_session(self, tenant: str, session_id: str) -> "Future[None]":
+        """Forgets a session's record and the pages it answers for; none may be held.
+
+        The future ends when the record is gone for good.
+        """
         session = session_key(tenant, session_id)
-        self.catalog.remove(tenant, session_id)
+        removed = self.catalog.remove(tenant, session_id)
         self.leases.tails.pop(session, None)
         for tier in Tier:
             for entry in list(self.index.last_pages_first(session, tier)):
                 self._evictor.retire(entry)
         self.placement.forgot(session)
+        return removed
 
     def close(self) -> None:
         """Writes what only memory holds to disk, as far as it fits; stops threads."""
