@@ -8,6 +8,7 @@ life, so that their tokens can be compared with a run that had no store.
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,13 +101,23 @@ class Victim:
 
     Args:
         out: is told what was found, done, forgotten, and what was wrong.
+        is_patient: whether it waits until records are stored, and says so.
     """
 
-    def __init__(self, engine: Engine, scripts: list[Script], out: IO[str]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        scripts: list[Script],
+        out: IO[str],
+        *,
+        is_patient: bool = True,
+    ) -> None:
         self.engine = engine
+        self._is_patient = is_patient
         self.scripts = scripts
         self.num_turns = [0] * len(scripts)
         self.num_wrong = 0
+        self.longest_batch_s = 0.0
         self._out = out
 
     def look_around(self) -> None:
@@ -140,22 +151,26 @@ class Victim:
                 f"s{index}", script.prompts[done], len(script.replies[done])
             )
             turns.append((index, done, self.engine.submit(request)))
+        started_s = time.monotonic()
         self.engine.run_until_idle()
+        taken_s = time.monotonic() - started_s
+        self.longest_batch_s = max(self.longest_batch_s, taken_s)
         for index, done, turn in turns:
             if turn.error is not None:
                 raise turn.error
             if turn.reply != self.scripts[index].replies[done]:
                 self._wrong(f"turn {done} of session {index}: {turn.reply}")
             self.num_turns[index] = done + 1
-            turn.stored.exception()
-            if turn.stored.exception() is None:
+            if self._is_patient and turn.stored.exception() is None:
                 self._say("done", index, done + 1)
         return len(turns)
 
     def _forget(self, index: int) -> None:
         self._say("forgetting", index)
-        self.engine.forget("default", f"s{index}").exception()
+        forgotten = self.engine.forget("default", f"s{index}")
         self.num_turns[index] = 0
+        if self._is_patient:
+            forgotten.exception()
         self._say("forgot", index)
 
     def _wrong(self, what: str) -> None:

@@ -153,6 +153,20 @@ class Engine:
         self._check_quiet(tenant, session_id)
         return self.store.forget_session(tenant, session_id)
 
+    def erase_tenant(self, tenant: str) -> "Future[None]":
+        """Erases every session of a tenant, in every tier and from the disk root.
+
+        The future ends when nothing of it is stored any more; it fails with
+        StorageFailure when that could not be done, and may be asked for again.
+
+        Raises:
+            ValueError: a turn of the tenant waits or runs.
+        """
+        turns = self.scheduler.running + self.scheduler.waiting
+        if tenant in {turn.request.tenant for turn in turns}:
+            raise ValueError(f"a turn of tenant {tenant!r} waits or runs")
+        return self.store.erase_tenant(tenant)
+
     def close_session(self, tenant: str, session_id: str) -> None:
         """Says that a conversation is over: its pages are the first to go.
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from cachedattn_jax.store import page as page_format
 from cachedattn_jax.store.catalog import (
-    SESSIONS,
     SessionRecord,
     decode_record,
     session_key,
@@ -20,11 +19,17 @@ from cachedattn_jax.store.catalog import (
 )
 from cachedattn_jax.store.guard import StorageFailure
 from cachedattn_jax.store.io_config import IoConfig
-from cachedattn_jax.store.object_names import PAGES, QUARANTINE, list_pages, page_name
+from cachedattn_jax.store.object_names import (
+    PAGES,
+    QUARANTINE,
+    SESSIONS,
+    list_pages,
+    page_name,
+)
 from cachedattn_jax.store.page import BadPage, PageHeader, PageKey
+from cachedattn_jax.store.record_pages import record_pages
 from cachedattn_jax.store.root import Root, read_layout
 from cachedattn_jax.store.salts import Salts
-from cachedattn_jax.store.survey import record_pages
 
 # Objects that are read at once.
 _AT_ONCE = 8
@@ -77,12 +82,41 @@ class Audit:
         key = SESSIONS + session_key(tenant, session_id)
         found = self.root.kv.read(key).result()
         record = decode_record(found.value) if found.state == "value" else None
-        is_right = record is not None and record.tenant == tenant
-        return record if is_right and record.session_id == session_id else None
+        if record is None or (record.tenant, record.session_id) != (tenant, session_id):
+            return None
+        return record
 
     def pages(self) -> list[str]:
         """Names of all page objects."""
         return [page_name(*page) for page in list_pages(self.root)]
+
+    def names_of_tenant(self, tenant: str) -> list[str]:
+        """Everything that is stored of a tenant, records first."""
+        folder = session_key(tenant, "-").partition("/")[0]
+        return [
+            f"{prefix}{folder}/{name}"
+            for prefix in (SESSIONS, PAGES, QUARANTINE)
+            for name in self.root.list(f"{prefix}{folder}/")
+        ]
+
+    def names_of_session(self, tenant: str, session_id: str) -> list[str]:
+        """A session's record and the pages that no other session goes on from.
+
+        Raises:
+            ValueError: there is no such session.
+        """
+        others = self.sessions(tenant)
+        if (tenant, session_id) not in others:
+            raise ValueError(f"tenant {tenant!r} has no session {session_id!r}")
+        others.remove((tenant, session_id))
+        record = self.record(tenant, session_id)
+        pages = set() if record is None else set(self.pages_of(record))
+        for name in others:
+            other = self.record(*name)
+            if other is not None:
+                pages.difference_update(self.pages_of(other))
+        stored = pages.intersection(self.pages())
+        return [SESSIONS + session_key(tenant, session_id), *sorted(stored)]
 
     def quarantined(self) -> list[str]:
         """Names of all objects that were found bad."""

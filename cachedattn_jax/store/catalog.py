@@ -8,6 +8,7 @@ store that changes, and it is written last.
 import base64
 import json
 import urllib.parse
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from itertools import islice
@@ -16,12 +17,12 @@ import crc32c
 import numpy as np
 
 from cachedattn_jax.store.guard import StorageFailure
+from cachedattn_jax.store.object_names import QUARANTINE, SESSIONS
 from cachedattn_jax.store.page import PageKey
 from cachedattn_jax.store.record_writer import RecordWriter
 from cachedattn_jax.store.root import Root
 
 _MAX_NAME_BYTES = 200  # file systems end at 255 for one name
-SESSIONS = "sessions/"
 # Damage that is gone when it is read again came from the way, not from the disk.
 _READS_OF_DAMAGED = 3
 _MAX_IN_MEMORY = 10_000
@@ -53,10 +54,19 @@ class SessionRecord:
 
 
 class Catalog:
-    """All session records; kept in memory, and in the root if there is one."""
+    """All session records; kept in memory, and in the root if there is one.
 
-    def __init__(self, root: Root | None) -> None:
+    Args:
+        on_read: is told of every record that comes from the root.
+    """
+
+    def __init__(
+        self,
+        root: Root | None,
+        on_read: Callable[[SessionRecord], None] = lambda record: None,
+    ) -> None:
         self._root = root
+        self._on_read = on_read
         self._records: dict[tuple[str, str], SessionRecord] = {}
         self._stored: set[tuple[str, str]] = set()
         self._writer = RecordWriter(root, self._lose) if root else None
@@ -116,7 +126,7 @@ class Catalog:
         self._records.pop(name, None)
         self._records[name] = record
         if self._writer is None:
-            return _done()
+            return done_already()
         self._stored.add(name)
         self._trim(self._writer)
         return self._writer.write(_key(*name), _encode(record))
@@ -126,7 +136,7 @@ class Catalog:
         name = (tenant, session_id)
         self._records.pop(name, None)
         if name not in self._stored or self._writer is None:
-            return _done()
+            return done_already()
         self._stored.discard(name)
         return self._writer.write(_key(*name), None)
 
@@ -158,12 +168,13 @@ class Catalog:
                 self._records[name] = record
                 self._stored.add(name)
                 self._trim(writer)
+                self._on_read(record)
                 return
             known = None
         root.kv.count("records_damaged")
         self._stored.discard(name)
         writer.generations.pop(key, None)
-        root.rename(key, f"quarantine/{session_key(*name)}.record")
+        root.rename(key, f"{QUARANTINE}{session_key(*name)}.record")
 
     def _lose(self, key: str) -> None:
         """Another replica has changed the session: what is known here is void."""
@@ -179,7 +190,8 @@ class Catalog:
                 del self._records[name]
 
 
-def _done() -> "Future[None]":
+def done_already() -> "Future[None]":
+    """For what nothing has to be stored for."""
     done: Future[None] = Future()
     done.set_result(None)
     return done

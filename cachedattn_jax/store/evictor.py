@@ -175,6 +175,10 @@ class Evictor:
         """Writes all that only host memory holds, as far as it fits, and waits."""
         for entry in list(self._index.in_tier(Tier.HOST)):
             self.write(entry)
+        self.settle_all()
+
+    def settle_all(self) -> None:
+        """Waits for every write under way."""
         while self._writes:
             self._settle_oldest()
 

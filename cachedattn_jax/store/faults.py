@@ -29,6 +29,7 @@ class Faults:
     """Decides what strikes; counts it by kind.
 
     Attributes:
+        rate: share of operations that are struck from now on.
         injected: how often each kind struck.
         torn: names whose stored bytes are torn now.
         is_active: whether any does now; switched off, the store heals and all that
@@ -37,6 +38,7 @@ class Faults:
 
     def __init__(self, config: FaultConfig) -> None:
         self.config = config
+        self.rate = config.rate
         self.injected: Counter[str] = Counter()
         self.torn: set[str] = set()
         self._random = random.Random(config.seed)
@@ -70,7 +72,7 @@ class Faults:
         if not kinds or not self.is_active:
             return None
         with self._lock:
-            if self._random.random() >= self.config.rate:
+            if self._random.random() >= self.rate:
                 return None
             kind = self._random.choice(kinds)
             self.injected[kind] += 1

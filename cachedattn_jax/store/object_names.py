@@ -5,6 +5,7 @@ from cachedattn_jax.store.root import Root
 
 PAGES = "pages/"
 QUARANTINE = "quarantine/"
+SESSIONS = "sessions/"
 
 _KEY_LETTERS = frozenset("0123456789abcdef/")
 
@@ -27,3 +28,14 @@ def page_name(tenant: str, key: PageKey) -> str:
     # Two levels of folders keep a local folder below some thousand entries.
     name = key.hex()
     return f"{PAGES}{tenant}/{name[:2]}/{name[2:]}"
+
+
+def remove_folders(root: Root, tenant: str) -> None:
+    """Deletes every object of a tenant, whose name is quoted.
+
+    Raises:
+        StorageFailure: something may be left.
+    """
+    for prefix in (SESSIONS, PAGES, QUARANTINE):
+        for name in root.list(f"{prefix}{tenant}/"):
+            root.kv.write(f"{prefix}{tenant}/{name}", None).result()

@@ -4,50 +4,21 @@ Knows records and the keys that follow from them. Does not know when pages are u
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 
-from cachedattn_jax.store.catalog import (
-    SESSIONS,
-    SessionRecord,
-    decode_record,
-    session_key,
-)
+from cachedattn_jax.store.catalog import session_key
 from cachedattn_jax.store.evictor import Evictor
 from cachedattn_jax.store.guard import StorageFailure
 from cachedattn_jax.store.layout import Layout
-from cachedattn_jax.store.page import PageKey, chain_keys, next_key
+from cachedattn_jax.store.page import PageKey
 from cachedattn_jax.store.page_index import PageIndex, is_unclaimed
 from cachedattn_jax.store.placement.tier import Tier
+from cachedattn_jax.store.record_pages import read_records, record_pages
 from cachedattn_jax.store.root import Root
 from cachedattn_jax.store.salts import Salts
 
 # Sessions whose pages are assigned in one step of the engine: some 0.1 ms.
 _SESSIONS_AT_ONCE = 16
-
-
-def record_pages(layout: Layout, salts: Salts, record: SessionRecord) -> list[PageKey]:
-    """Keys of the pages that a session goes on from, its tail included."""
-    salt = salts.of(record.tenant)
-    cached = record.token_ids[: record.cached_length]
-    keys = chain_keys(layout, salt, cached, [])
-    rest = cached[len(keys) * layout.page_tokens :]
-    return [*keys, next_key(layout, salt, keys, rest)] if len(rest) else keys
-
-
-def read_records(
-    root: Root, sessions: Iterable[tuple[str, str]]
-) -> Iterator[tuple[tuple[str, str], SessionRecord | None]]:
-    """Records of sessions one after the other; None for a damaged or vanished one.
-
-    Raises:
-        StorageFailure: one cannot be read now.
-    """
-    for name in sessions:
-        found = root.kv.read(SESSIONS + session_key(*name)).result()
-        record = decode_record(found.value) if found.state == "value" else None
-        is_right = record is not None and (record.tenant, record.session_id) == name
-        yield name, record if is_right else None
 
 
 class Survey:

@@ -16,7 +16,12 @@ import jax
 import numpy as np
 
 from cachedattn_jax.store.budget import StoreConfig
-from cachedattn_jax.store.catalog import Catalog, SessionRecord, session_key
+from cachedattn_jax.store.catalog import (
+    Catalog,
+    SessionRecord,
+    done_already,
+    session_key,
+)
 from cachedattn_jax.store.device_pool import DevicePool
 from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.evictor import Evictor
@@ -27,10 +32,12 @@ from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.lease import Lease
 from cachedattn_jax.store.leases import Leases
 from cachedattn_jax.store.link import Links
+from cachedattn_jax.store.object_names import remove_folders
 from cachedattn_jax.store.page import PageKey, Tail
-from cachedattn_jax.store.page_index import PageIndex, unclaimed
+from cachedattn_jax.store.page_index import PageIndex, tenant_of, unclaimed
 from cachedattn_jax.store.placement.placement import Placement
 from cachedattn_jax.store.placement.tier import Tier
+from cachedattn_jax.store.record_pages import record_pages
 from cachedattn_jax.store.root import Root
 from cachedattn_jax.store.salts import read_salts
 from cachedattn_jax.store.saver import Saver
@@ -69,7 +76,7 @@ class TieredStore:
         self.salts = read_salts(config.tenant_secret_file)
         self.root = self._open_root()
         self.disk = self._open_disk()
-        self.catalog = Catalog(self.root)
+        self.catalog = Catalog(self.root, self._presume_pages)
         self.placement = Placement(
             config.placement,
             host_bytes=config.num_host_bytes,
@@ -131,6 +138,22 @@ class TieredStore:
             entry.on_disk = True
             self.index.place(entry, Tier.DISK)
             self.placement.closed(owner)
+
+    def _presume_pages(self, record: SessionRecord) -> None:
+        """Takes the pages of a record that another replica may have written as stored.
+
+        Those that are not will be misses when they are read.
+        """
+        if self.root is None or not self.root.is_shared or self.disk is None:
+            return
+        session = session_key(record.tenant, record.session_id)
+        self.placement.known(session, record.tenant)
+        for key in record_pages(self.layout, self.salts, record):
+            if self.index.find(key) is None and self.disk.has_room():
+                self.disk.num_objects += 1
+                entry = self.index.add(key, session, None)
+                entry.on_disk = True
+                self.index.place(entry, Tier.DISK)
 
     def _begin_survey(self) -> Survey | None:
         if self.root is None or self.disk is None or not self.disk.num_objects:
@@ -272,12 +295,33 @@ class TieredStore:
         """
         session = session_key(tenant, session_id)
         removed = self.catalog.remove(tenant, session_id)
+        self._forget_pages(session)
+        return removed
+
+    def _forget_pages(self, session: str) -> None:
         self.leases.tails.pop(session, None)
         for tier in Tier:
             for entry in list(self.index.last_pages_first(session, tier)):
                 self._evictor.retire(entry)
         self.placement.forgot(session)
-        return removed
+
+    def erase_tenant(self, tenant: str) -> "Future[None]":
+        """Erases all that is known of a tenant, none of whose turns may be under way.
+
+        The future ends when nothing of it is stored any more, and fails with
+        StorageFailure when that could not be reached.
+        """
+        self.saver.drain()
+        self._evictor.settle_all()
+        for name in self.catalog.sessions(tenant):
+            self.forget_session(*name)
+        folder = tenant_of(session_key(tenant, "-"))
+        for session in list(map(str, self.placement.standings)):
+            if tenant_of(session) == folder:
+                self._forget_pages(session)
+        if self.root is None:
+            return done_already()
+        return self.root.submit_in_order(remove_folders, self.root, folder)
 
     def close(self) -> None:
         """Writes what only memory holds to disk, as far as it fits; stops threads."""
