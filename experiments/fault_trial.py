@@ -12,6 +12,7 @@ import dataclasses
 import io
 import json
 import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -34,7 +35,7 @@ NUM_TURNS = 8
 # Now and then nearly everything fails for some batches of turns.
 _STORM_RATE = 0.9
 _BATCHES_OF_CALM, _BATCHES_OF_STORM = 30, 5
-TIMEOUT_S = 0.25
+TIMEOUT_S = 0.1
 # Of one batch of turns: its time-outs one after the other, until the breaker opens.
 LONGEST_STALL_S = 20 * TIMEOUT_S
 IO = IoConfig(timeout_s=TIMEOUT_S, breaker_failures=6, breaker_rest_s=0.05)
@@ -96,6 +97,9 @@ def run_trial(folder: Path, num_faults: int, rate: float, seed: int) -> FaultTal
         injecting.rate = rate if cycle < _BATCHES_OF_CALM else _STORM_RATE
         batch += 1
         _serve(victim, rng, tally)
+        if batch % 50 == 0:
+            progress = {"num_injected": injecting.injected.total()}
+            print(json.dumps(progress), flush=True)
     engine.store.faults.heal()
     tally.has_healed = _heals(victim, rng, tally)
     tally.leaks += leaks(engine)
@@ -114,7 +118,7 @@ def _serve(victim: Victim, rng: np.random.Generator, tally: FaultTally) -> None:
         tally.turns += victim.serve(rng)
     except Exception as error:  # a turn must never end with one
         tally.crashes += 1
-        print(f"crash: {error!r}", flush=True)
+        print(f"crash: {error!r}", file=sys.stderr, flush=True)
     tally.longest_batch_s = max(tally.longest_batch_s, victim.longest_batch_s)
 
 
@@ -201,7 +205,6 @@ def _look_back(
         bad = {f.name for f in audit.verify(sorted(pages)) if f.reason is not None}
         tally.torn_and_not_found = len(torn_pages - bad)
         healthy = dataclasses.replace(config, io=IoConfig())
-        records = {name[1] for name in audit.sessions()}
     expected = list(victim.num_turns)
     with make_engine(healthy) as engine:
         after = Victim(engine, victim.scripts, io.StringIO())
@@ -213,7 +216,7 @@ def _look_back(
             is_lost = turns != found and not is_torn
             tally.sessions_lost_unexplained += is_lost
             if is_lost:
-                print(f"s{index}: {found} for {turns}", f"s{index}" in records)
+                print(f"s{index}: {found} for {turns} turns", file=sys.stderr)
         rng = np.random.default_rng(0)
         for _ in range(20):
             _serve(after, rng, tally)

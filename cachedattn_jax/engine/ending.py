@@ -13,13 +13,18 @@ from cachedattn_jax.engine.job import Job
 from cachedattn_jax.engine.running import Running
 from cachedattn_jax.engine.scheduler import Scheduler
 from cachedattn_jax.engine.staging import BadTurn, Staging
+from cachedattn_jax.engine.totals import Totals
 from cachedattn_jax.engine.turn import FinishReason, Turn
 from cachedattn_jax.store.catalog import SessionRecord
 from cachedattn_jax.store.tiered_store import TieredStore
 
 
 class Ending:
-    """Ends turns; afterwards they hold nothing."""
+    """Ends turns; afterwards they hold nothing.
+
+    Attributes:
+        totals: of all turns that have ended.
+    """
 
     def __init__(
         self,
@@ -30,6 +35,7 @@ class Ending:
         running: Running,
         decode: Decode,
     ) -> None:
+        self.totals = Totals()
         self._config = config
         self._store = store
         self._scheduler = scheduler
@@ -71,6 +77,7 @@ class Ending:
         turn.times.finished_s = time.monotonic()
         turn.error = error
         turn.finish_reason = reason
+        self.totals.note(turn)
         ticket = self._scheduler.ticket(turn)
         self._scheduler.finish(turn)
         if ticket is not None:

@@ -19,6 +19,7 @@ from cachedattn_jax.engine.prefill import Prefill
 from cachedattn_jax.engine.request import Request
 from cachedattn_jax.engine.scheduler import Scheduler
 from cachedattn_jax.engine.session import Session
+from cachedattn_jax.engine.totals import Totals
 from cachedattn_jax.engine.turn import Times, Turn
 from cachedattn_jax.engine.warm_up import warm_up
 from cachedattn_jax.model.config import LlamaConfig
@@ -26,6 +27,7 @@ from cachedattn_jax.model.llama import LlamaParams, weights_digest
 from cachedattn_jax.store.budget import StoreConfig
 from cachedattn_jax.store.catalog import check_id, session_key
 from cachedattn_jax.store.layout import Layout
+from cachedattn_jax.store.stats import StoreStats
 from cachedattn_jax.store.tiered_store import TieredStore
 from cachedattn_jax.timeline import Timeline
 from pallas_kernels.rope import rope_tables
@@ -213,6 +215,16 @@ class Engine:
         constants = calibrate(self._prefill, self._decode, self.store)
         self.cost_model.calibrate(constants)
         return constants
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over all turns that have ended: tokens by source, times."""
+        return self._loop.totals
+
+    def stats(self) -> StoreStats:
+        """What the store holds, and what has happened in it: misses by reason, moves,
+        evictions, failures."""
+        return self.store.stats()
 
     def close(self) -> None:
         """Cancels turns, writes what only memory holds to disk, stops the threads."""

@@ -93,7 +93,7 @@ class Catalog:
                 root.
 
         Raises:
-            StorageFailure: it cannot be read now.
+            StorageFailure: it is stored, not in memory, and cannot be read now.
         """
         name = (tenant, session_id)
         root, writer = self._root, self._writer
@@ -105,6 +105,9 @@ class Catalog:
             try:
                 self._read(root, writer, name)
             except StorageFailure as failure:
+                # What is known may be out of date; committing over it would be noticed.
+                if is_known or name not in self._stored:
+                    return self._records.get(name)
                 raise StorageFailure(
                     failure.reason,
                     f"the record of session {session_id!r} cannot be read now",

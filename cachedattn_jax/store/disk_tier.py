@@ -31,6 +31,7 @@ PASSING = frozenset(
         "disk_full",
         "breaker_open",
         "read_failed",
+        "copy_failed",
     )
 )
 

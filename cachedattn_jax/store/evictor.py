@@ -157,19 +157,21 @@ class Evictor:
         victims = self._choose(Tier.HOST, _BATCH_PAGES, spares_next=True)
         for entry in victims:
             if entry.on_disk:
-                self._demote(entry)
+                self._demote(entry, "reserve")
                 if not self._is_whole and self._host.has_room(least):
                     return
             elif not self._is_backlogged:
                 self.write(entry)
 
-    def drop(self, session: str, tiers: Sequence[Tier] = tuple(Tier)) -> None:
+    def drop(
+        self, session: str, reason: str, tiers: Sequence[Tier] = tuple(Tier)
+    ) -> None:
         """Gives up all pages of a session in some tiers that no turn holds."""
         for tier in tiers:
             for entry in list(self._index.last_pages_first(session, tier)):
                 if not entry.holds:
                     self._leave(entry, tier)
-                    self._count_loss(entry, tier)
+                    self._count_loss(entry, tier, reason)
 
     def drain(self) -> None:
         """Writes all that only host memory holds, as far as it fits, and waits."""
@@ -189,7 +191,7 @@ class Evictor:
             self.drain()
         for entry in victims:
             self._leave(entry, tier)
-            self._count_loss(entry, tier)
+            self._count_loss(entry, tier, "emptied")
 
     def retire(self, entry: PageEntry) -> None:
         """Drops a page, wherever it is, that no conversation goes on from any more."""
@@ -222,6 +224,10 @@ class Evictor:
         What is wrong with the object itself goes to quarantine; what may pass lets it
         be for a while.
         """
+        if entry.arrival is not None:
+            # Or the next lease would wait for the same read.
+            entry.arrival = None
+            self._index.note(entry)
         if not entry.on_disk:
             return
         assert self._disk is not None
@@ -272,11 +278,11 @@ class Evictor:
                 break
         return chosen
 
-    def _demote(self, entry: PageEntry) -> None:
+    def _demote(self, entry: PageEntry, reason: str = "room") -> None:
         """Takes a page out of host memory, at once if nothing has to be written."""
         if entry.on_disk or not self.write(entry):
             self.leave_host(entry)
-            self._count_loss(entry, Tier.HOST)
+            self._count_loss(entry, Tier.HOST, reason)
 
     def _leave(self, entry: PageEntry, tier: Tier) -> None:
         match tier:
@@ -321,11 +327,13 @@ class Evictor:
         start_s, end_s = copy.span
         self._counters["pages_written"] += 1
         self._counters["bytes_host_to_disk"] += copy.num_bytes
+        self._counters["us_host_to_disk"] += int(1e6 * (end_s - start_s))
         self._timeline.add(
             "write", "host to disk", start_s, end_s, bytes=copy.num_bytes
         )
 
-    def _count_loss(self, entry: PageEntry, tier: Tier) -> None:
+    def _count_loss(self, entry: PageEntry, tier: Tier, reason: str = "room") -> None:
         self._counters[f"pages_left_{tier}"] += 1
+        self._counters[f"evicted_{tier}_{reason}"] += 1
         if entry.is_lost:
             self._counters[f"pages_lost_from_{tier}"] += 1

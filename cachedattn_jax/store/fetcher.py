@@ -83,10 +83,15 @@ class Fetcher:
 
     def _take_in(self, arrival: Arrival) -> None:
         read, slab, bad = arrival.read, arrival.slab, arrival.read.bad()
+        for copy in read.copies:
+            start_s, end_s = copy.span
+            self._counters["bytes_disk_to_host"] += copy.num_bytes
+            self._counters["us_disk_to_host"] += int(1e6 * (end_s - start_s))
         is_here = len(bad) < len(arrival.entries) and self._fill(slab, read)
         for row, entry in enumerate(arrival.entries):
-            entry.arrival = None
-            if row in bad:
+            is_awaited = entry.arrival is arrival
+            entry.arrival = None if is_awaited else entry.arrival
+            if row in bad and is_awaited:
                 self._counters[f"miss_{bad[row]}"] += 1
                 self._evictor.give_up_object(entry, bad[row])
             is_wanted = self._index.find(entry.key) is entry and entry.slab is None

@@ -15,7 +15,7 @@ from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.evictor import Evictor
 from cachedattn_jax.store.inbound import Inbound, Load
 from cachedattn_jax.store.lease import Lease
-from cachedattn_jax.store.link import Links
+from cachedattn_jax.store.link import Copy, Links
 from cachedattn_jax.store.page import PageKey, Tail
 from cachedattn_jax.store.page_index import PageEntry, PageIndex, is_unclaimed
 from cachedattn_jax.store.placement.tier import Tier
@@ -172,9 +172,7 @@ class Leases:
             for entry in entries:
                 if reason == "copy_failed":
                     self._evictor.leave_host(entry)
-                    self._evictor.leave_disk(entry)
-                else:
-                    self._evictor.give_up_object(entry, reason)
+                self._evictor.give_up_object(entry, reason)
         return True
 
     def publish(
@@ -203,8 +201,17 @@ class Leases:
                 entry.holds -= 1
             if entry is None or entry.slot != slot:
                 self._pool.give_back(slot)
+        self._note(lease.inbound.reads, "disk_to_host")
+        self._note(lease.inbound.puts, "host_to_device")
         lease.entries = []
         lease.slots = lease.slots[:0]
+
+    def _note(self, copies: Sequence[Copy], direction: str) -> None:
+        for copy in copies:
+            if copy.is_good and copy.has_arrived:
+                start_s, end_s = copy.span
+                self._counters[f"bytes_{direction}"] += copy.num_bytes
+                self._counters[f"us_{direction}"] += int(1e6 * (end_s - start_s))
 
     def _free_slots(self, num_slots: int) -> bool:
         """Whether so many slots are free now; evicts nothing if that is not enough."""

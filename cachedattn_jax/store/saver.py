@@ -264,6 +264,7 @@ class Saver:
                     self._evictor.leave_host(entry)
             return
         start_s, end_s = flight.copy.span
+        self._counters["us_device_to_host"] += int(1e6 * (end_s - start_s))
         details = {"bytes": flight.num_bytes, "turn": flight.turn}
         if flight.group is not None:
             details["group"] = flight.group

@@ -41,6 +41,7 @@ from cachedattn_jax.store.record_pages import record_pages
 from cachedattn_jax.store.root import Root
 from cachedattn_jax.store.salts import read_salts
 from cachedattn_jax.store.saver import Saver
+from cachedattn_jax.store.stats import StoreStats, sort_counters
 from cachedattn_jax.store.survey import Survey
 from cachedattn_jax.store.watcher import Watcher
 from cachedattn_jax.timeline import Timeline
@@ -243,9 +244,9 @@ class TieredStore:
         self._evictor.settle_writes()
         now = time.monotonic()
         for standing in self.placement.expired(now):
-            self._evictor.drop(str(standing.session))
+            self._evictor.drop(str(standing.session), "ttl")
         for standing, tier in self.placement.over_quota(now):
-            self._evictor.drop(str(standing.session), [tier])
+            self._evictor.drop(str(standing.session), "quota", [tier])
         self._evictor.keep_reserve()
 
     def prefetch(self) -> None:
@@ -267,6 +268,37 @@ class TieredStore:
             entry.slot = None
             self.index.unplace(entry, Tier.DEVICE)
         self.pool.rebuild()
+
+    def stats(self) -> StoreStats:
+        """What is here now, and what has happened since the start."""
+        counters = self.counters.copy()
+        breakers: dict[str, str] = {}
+        if self.root is not None:
+            counters += self.root.kv.counters
+            kv = self.root.kv
+            breakers = {"read": kv.reading.state, "write": kv.writing.state}
+        resident = self.pool.num_slots - self.pool.num_free
+        page_bytes, disk = self.layout.page_bytes, self.disk
+        return StoreStats(
+            used_bytes={
+                "device": resident * page_bytes,
+                "host": self.host.used_bytes,
+                "disk": disk.used_bytes if disk else 0,
+            },
+            capacity_bytes={
+                "device": self.pool.num_slots * page_bytes,
+                "host": self.host.capacity_bytes,
+                "disk": disk.capacity_bytes if disk else 0,
+            },
+            sessions=len(self.catalog.sessions()),
+            held_pages=sum(
+                entry.holds > 0 for t in Tier for entry in self.index.in_tier(t)
+            ),
+            quarantined=counters.pop("quarantined", 0),
+            breakers=breakers,
+            records_unstored=self.catalog.num_unstored,
+            **sort_counters(counters),
+        )
 
     def empty(self, tier: Tier) -> None:
         """Moves every page that no turn holds out of a tier, downwards if it fits."""
