@@ -78,6 +78,10 @@ class Catalog:
         """Records that are not in the root yet, though they shall be."""
         return self._writer.num_unstored if self._writer else 0
 
+    @property
+    def num_sessions(self) -> int:
+        return len(self._stored | self._records.keys())
+
     def sessions(self, tenant: str | None = None) -> list[tuple[str, str]]:
         """(tenant, session id) of every known session; reads no record."""
         names = self._stored | self._records.keys()

@@ -1,10 +1,10 @@
 """Makes room: pages leave a tier, downwards where a lower tier takes them.
 
-Knows budgets, victims and writes under way. Does not know turns or how pages are found.
+Knows budgets and victims. Does not know turns or how pages are found.
 """
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 
@@ -13,18 +13,16 @@ import jax
 from cachedattn_jax.store.device_pool import DevicePool
 from cachedattn_jax.store.disk_tier import PASSING, DiskTier
 from cachedattn_jax.store.host_tier import HostTier
-from cachedattn_jax.store.link import Copy
 from cachedattn_jax.store.page_index import PageEntry, PageIndex
 from cachedattn_jax.store.placement.tier import Tier
+from cachedattn_jax.store.write_backlog import WriteBacklog
 from cachedattn_jax.timeline import Timeline
 
 # Above this share of the host budget, the pages next to leave are copied to disk ahead
 # of time, so that making room rarely waits for a write.
 _CLEAN_ABOVE = 0.75
 _BATCH_PAGES = 16
-# A page that could not be written is tried again after so long, while it is there.
-_WRITE_AGAIN_S = 1.0
-# And one that could not be read, which its turn has computed again.
+# A page that could not be read is tried again after so long; its turn computes it.
 _READ_AGAIN_S = 1.0
 
 
@@ -50,11 +48,8 @@ class Evictor:
         self._pool = pool
         self._host = host
         self._disk = disk
-        self._timeline = timeline
         self._counters = counters
-        self._writes: deque[tuple[Copy, PageEntry]] = deque()
-        object_bytes = disk.object_bytes if disk else 1
-        self._max_writes = max(1, backlog_bytes // object_bytes)
+        self._writes = WriteBacklog(index, disk, timeline, counters, backlog_bytes)
 
     @property
     def has_disk(self) -> bool:
@@ -86,19 +81,16 @@ class Evictor:
             if not victims:
                 return False
             for entry in victims:
-                if self._is_backlogged:
+                if self._writes.is_full:
                     break
                 self._demote(entry)
                 if not self._is_whole and self._host.has_room(num_bytes):
                     return True
             if self._host.has_room(num_bytes):
                 return True
-            if self._writes and not self._writes[0][0].has_ended:
-                if not may_wait:
-                    return False
-                self._settle_oldest()
-            elif self._writes:
-                self._settle_oldest()
+            if self._writes.is_waiting and not may_wait:
+                return False
+            self._writes.settle_oldest()
         return True
 
     def write(
@@ -122,20 +114,17 @@ class Evictor:
             return False
         if not self._make_disk_room(self._disk):
             return False
-        while self._is_backlogged:
-            self._settle_oldest()
+        while self._writes.is_full:
+            self._writes.settle_oldest()
         if entry.slab is not None:
             groups, row = entry.slab.groups, entry.row
         assert groups is not None
-        entry.is_writing = True
-        copy = self._disk.write(entry, groups, row)
-        self._writes.append((copy, entry))
+        self._writes.start(self._disk, entry, groups, row)
         return True
 
     def settle_writes(self) -> None:
         """Takes note of finished writes and starts those that will be needed soon."""
-        while self._writes and self._writes[0][0].has_ended:
-            self._settle_oldest()
+        self._writes.settle_ended()
         if self._disk is None:
             return
         self._disk.poll()
@@ -143,7 +132,7 @@ class Evictor:
             return
         if self._host.used_bytes > _CLEAN_ABOVE * self._host.capacity_bytes:
             for entry in self._choose(Tier.HOST, _BATCH_PAGES):
-                if not self._is_backlogged:
+                if not self._writes.is_full:
                     self.write(entry)
 
     def keep_reserve(self) -> None:
@@ -160,7 +149,7 @@ class Evictor:
                 self._demote(entry, "reserve")
                 if not self._is_whole and self._host.has_room(least):
                     return
-            elif not self._is_backlogged:
+            elif not self._writes.is_full:
                 self.write(entry)
 
     def drop(
@@ -181,8 +170,7 @@ class Evictor:
 
     def settle_all(self) -> None:
         """Waits for every write under way."""
-        while self._writes:
-            self._settle_oldest()
+        self._writes.settle_all()
 
     def empty(self, tier: Tier) -> None:
         """Moves every page that is not held out of a tier; waits for the writes."""
@@ -247,13 +235,6 @@ class Evictor:
             self._index.unplace(entry, Tier.HOST)
 
     @property
-    def _is_backlogged(self) -> bool:
-        """Whether as many bytes are being written as may be."""
-        while self._writes and self._writes[0][0].has_ended:
-            self._settle_oldest()
-        return len(self._writes) >= self._max_writes
-
-    @property
     def _is_whole(self) -> bool:
         """Whether sessions leave a tier as a whole."""
         return self._placement.config.granularity == "sessions"
@@ -304,33 +285,6 @@ class Evictor:
                 self.leave_disk(entry)
                 self._count_loss(entry, Tier.DISK)
         return True
-
-    def _settle_oldest(self) -> None:
-        copy, entry = self._writes.popleft()
-        copy.wait()
-        entry.is_writing = False
-        assert self._disk is not None
-        if copy.has_failed:
-            self._disk.forget(entry)
-            self._counters["write_failures"] += 1
-            entry.write_again_s = time.monotonic() + _WRITE_AGAIN_S
-        elif self._index.find(entry.key) is not entry:
-            self._disk.delete(entry)
-        else:
-            self._note_write(copy)
-            entry.on_disk = True
-            self._index.place(entry, Tier.DISK)
-        if entry.is_lost:
-            self._index.remove(entry)
-
-    def _note_write(self, copy: Copy) -> None:
-        start_s, end_s = copy.span
-        self._counters["pages_written"] += 1
-        self._counters["bytes_host_to_disk"] += copy.num_bytes
-        self._counters["us_host_to_disk"] += int(1e6 * (end_s - start_s))
-        self._timeline.add(
-            "write", "host to disk", start_s, end_s, bytes=copy.num_bytes
-        )
 
     def _count_loss(self, entry: PageEntry, tier: Tier, reason: str = "room") -> None:
         self._counters[f"pages_left_{tier}"] += 1

@@ -6,6 +6,14 @@ Knows names of counters. Does not know who counts, or how numbers are shown.
 from collections import Counter
 from dataclasses import dataclass
 
+from cachedattn_jax.store.catalog import Catalog
+from cachedattn_jax.store.device_pool import DevicePool
+from cachedattn_jax.store.disk_tier import DiskTier
+from cachedattn_jax.store.host_tier import HostTier
+from cachedattn_jax.store.page_index import PageIndex
+from cachedattn_jax.store.placement.tier import Tier
+from cachedattn_jax.store.root import Root
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoreStats:
@@ -87,3 +95,40 @@ def sort_counters(counters: Counter[str]) -> dict[str, dict]:
         "corruptions": take("corrupt_"),
         "others": rest,
     }
+
+
+def gather(
+    pool: DevicePool,
+    host: HostTier,
+    disk: DiskTier | None,
+    root: Root | None,
+    index: PageIndex,
+    catalog: Catalog,
+    counters: Counter[str],
+) -> StoreStats:
+    """The state of the parts of a store, and what they have counted."""
+    counters = counters.copy()
+    breakers: dict[str, str] = {}
+    if root is not None:
+        counters += root.kv.counters
+        breakers = {"read": root.kv.reading.state, "write": root.kv.writing.state}
+    page_bytes = pool.layout.page_bytes
+    held = (entry.holds > 0 for tier in Tier for entry in index.in_tier(tier))
+    return StoreStats(
+        used_bytes={
+            "device": (pool.num_slots - pool.num_free) * page_bytes,
+            "host": host.used_bytes,
+            "disk": disk.used_bytes if disk else 0,
+        },
+        capacity_bytes={
+            "device": pool.num_slots * page_bytes,
+            "host": host.capacity_bytes,
+            "disk": disk.capacity_bytes if disk else 0,
+        },
+        sessions=catalog.num_sessions,
+        held_pages=sum(held),
+        quarantined=counters.pop("quarantined", 0),
+        breakers=breakers,
+        records_unstored=catalog.num_unstored,
+        **sort_counters(counters),
+    )

@@ -6,7 +6,6 @@ bytes.
 """
 
 import time
-import urllib.parse
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -28,20 +27,20 @@ from cachedattn_jax.store.evictor import Evictor
 from cachedattn_jax.store.faults import Faults
 from cachedattn_jax.store.fetcher import Fetcher
 from cachedattn_jax.store.host_tier import HostTier
+from cachedattn_jax.store.inventory import Inventory
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.lease import Lease
 from cachedattn_jax.store.leases import Leases
 from cachedattn_jax.store.link import Links
 from cachedattn_jax.store.object_names import remove_folders
 from cachedattn_jax.store.page import PageKey, Tail
-from cachedattn_jax.store.page_index import PageIndex, tenant_of, unclaimed
+from cachedattn_jax.store.page_index import PageIndex, tenant_of
 from cachedattn_jax.store.placement.placement import Placement
 from cachedattn_jax.store.placement.tier import Tier
-from cachedattn_jax.store.record_pages import record_pages
 from cachedattn_jax.store.root import Root
 from cachedattn_jax.store.salts import read_salts
 from cachedattn_jax.store.saver import Saver
-from cachedattn_jax.store.stats import StoreStats, sort_counters
+from cachedattn_jax.store.stats import StoreStats, gather
 from cachedattn_jax.store.survey import Survey
 from cachedattn_jax.store.watcher import Watcher
 from cachedattn_jax.timeline import Timeline
@@ -77,13 +76,16 @@ class TieredStore:
         self.salts = read_salts(config.tenant_secret_file)
         self.root = self._open_root()
         self.disk = self._open_disk()
-        self.catalog = Catalog(self.root, self._presume_pages)
+        self.catalog = Catalog(self.root, self._presume)
         self.placement = Placement(
             config.placement,
             host_bytes=config.num_host_bytes,
             disk_bytes=config.num_disk_bytes,
         )
         self.index = PageIndex(self.placement, layout.page_bytes)
+        self._inventory = Inventory(
+            self.root, self.disk, self.index, layout, self.salts
+        )
         self.counters: Counter[str] = Counter()
         self._evictor = Evictor(
             self.index,
@@ -115,7 +117,7 @@ class TieredStore:
             self.watchers["host-to-device"],
             self.counters,
         )
-        self._take_in_objects()
+        self._inventory.take_in()
         self.survey = self._begin_survey()
         self._fetcher = Fetcher(
             self.index, self.pool, self.host, self.disk, self._evictor, self.counters
@@ -129,32 +131,8 @@ class TieredStore:
             config.disk_root, self.layout, config.io, self.salts, faults=self.faults
         )
 
-    def _take_in_objects(self) -> None:
-        """Makes known what lies on disk; no page is read for that."""
-        for tenant, key in self.disk.list() if self.disk else ():
-            owner = unclaimed(tenant)
-            if owner not in self.placement.standings:
-                self.placement.known(owner, urllib.parse.unquote(tenant))
-            entry = self.index.add(key, owner, None)
-            entry.on_disk = True
-            self.index.place(entry, Tier.DISK)
-            self.placement.closed(owner)
-
-    def _presume_pages(self, record: SessionRecord) -> None:
-        """Takes the pages of a record that another replica may have written as stored.
-
-        Those that are not will be misses when they are read.
-        """
-        if self.root is None or not self.root.is_shared or self.disk is None:
-            return
-        session = session_key(record.tenant, record.session_id)
-        self.placement.known(session, record.tenant)
-        for key in record_pages(self.layout, self.salts, record):
-            if self.index.find(key) is None and self.disk.has_room():
-                self.disk.num_objects += 1
-                entry = self.index.add(key, session, None)
-                entry.on_disk = True
-                self.index.place(entry, Tier.DISK)
+    def _presume(self, record: SessionRecord) -> None:
+        self._inventory.presume(record)
 
     def _begin_survey(self) -> Survey | None:
         if self.root is None or self.disk is None or not self.disk.num_objects:
@@ -271,33 +249,14 @@ class TieredStore:
 
     def stats(self) -> StoreStats:
         """What is here now, and what has happened since the start."""
-        counters = self.counters.copy()
-        breakers: dict[str, str] = {}
-        if self.root is not None:
-            counters += self.root.kv.counters
-            kv = self.root.kv
-            breakers = {"read": kv.reading.state, "write": kv.writing.state}
-        resident = self.pool.num_slots - self.pool.num_free
-        page_bytes, disk = self.layout.page_bytes, self.disk
-        return StoreStats(
-            used_bytes={
-                "device": resident * page_bytes,
-                "host": self.host.used_bytes,
-                "disk": disk.used_bytes if disk else 0,
-            },
-            capacity_bytes={
-                "device": self.pool.num_slots * page_bytes,
-                "host": self.host.capacity_bytes,
-                "disk": disk.capacity_bytes if disk else 0,
-            },
-            sessions=len(self.catalog.sessions()),
-            held_pages=sum(
-                entry.holds > 0 for t in Tier for entry in self.index.in_tier(t)
-            ),
-            quarantined=counters.pop("quarantined", 0),
-            breakers=breakers,
-            records_unstored=self.catalog.num_unstored,
-            **sort_counters(counters),
+        return gather(
+            self.pool,
+            self.host,
+            self.disk,
+            self.root,
+            self.index,
+            self.catalog,
+            self.counters,
         )
 
     def empty(self, tier: Tier) -> None:
