@@ -90,8 +90,9 @@ def run_trial(folder: Path, num_faults: int, rate: float, seed: int) -> FaultTal
     victim = Victim(engine, read_scripts(scripts), told, is_patient=False)
     rng = np.random.default_rng(seed)
     assert engine.store.faults is not None and engine.store.root is not None
-    engine.warm_up()
     injecting, batch = engine.store.faults, 0
+    injecting.rate = 0.0  # compiling is no turn that could do without
+    engine.warm_up()
     while injecting.injected.total() < num_faults:
         cycle = batch % (_BATCHES_OF_CALM + _BATCHES_OF_STORM)
         injecting.rate = rate if cycle < _BATCHES_OF_CALM else _STORM_RATE

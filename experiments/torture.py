@@ -46,6 +46,7 @@ def run(
     kills = _trials(
         folder, "kill", "--kills", num_kills, num_processes=num_processes, seed=seed
     )
+    run_directory.write_json("kills.json", kills)
     faults = _trials(
         folder, "fault", "--faults", num_faults, num_processes=num_processes, seed=seed
     )

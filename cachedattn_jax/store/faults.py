@@ -125,7 +125,7 @@ class FaultyKv:
             return self._kv.read(key, **kwargs)
         return _Struck(lambda timeout: self._read(kind, key, timeout, kwargs))
 
-    def write(self, key: str, value: bytes | None, **kwargs: Any) -> Any:
+    def write(self, key: str, value: bytes | bytearray | None, **kwargs: Any) -> Any:
         kind = self._faults.draw_write()
         if kind == "torn_write" and value is None:
             self._faults.spare(kind)
@@ -156,7 +156,7 @@ class FaultyKv:
         self,
         kind: str,
         key: str,
-        value: bytes | None,
+        value: bytes | bytearray | None,
         timeout: float | None,
         kwargs: dict,
     ) -> Any:

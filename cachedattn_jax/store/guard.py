@@ -123,7 +123,7 @@ class Guard:
         )
 
     def write(
-        self, key: str, value: bytes | None, if_equal: bytes | None = None
+        self, key: str, value: bytes | bytearray | None, if_equal: bytes | None = None
     ) -> Operation:
         """Starts to write an object whole, or with None to delete it.
 

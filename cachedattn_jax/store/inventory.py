@@ -1,4 +1,4 @@
-"""What lies in a root, made known to the index. Knows names and records; reads no page."""
+"""What lies in a root, made known to the index. Knows names; reads no page."""
 
 import urllib.parse
 

@@ -126,16 +126,26 @@ def encode_page(
     layout: Layout, key: PageKey, token_ids: np.ndarray, payload: bytes
 ) -> bytes:
     """The object of a page whose layers, in order, are `payload`."""
-    assert len(payload) == layout.page_bytes, (len(payload), layout.page_bytes)
+    data = bytearray(payload_offset(layout)) + payload
+    seal_page(layout, key, token_ids, data)
+    return bytes(data)
+
+
+def seal_page(
+    layout: Layout, key: PageKey, token_ids: np.ndarray, data: bytearray
+) -> None:
+    """Writes the header of an object whose layers are in their place already."""
+    assert len(data) == object_bytes(layout), (len(data), object_bytes(layout))
     ids = np.zeros(layout.page_tokens, "<i4")
     ids[: len(token_ids)] = token_ids
+    payload = memoryview(data)[payload_offset(layout) :]
     checksums = np.fromiter(_checksums(layout, payload), "<u4")
     header = _FIXED.pack(
         _MAGIC, FORMAT_VERSION, len(token_ids), layout.page_tokens, layout.digest, key
     )
     header += ids.tobytes() + checksums.tobytes()
     header += struct.pack("<I", crc32c.crc32c(header))
-    return header.ljust(payload_offset(layout), b"\0") + payload
+    data[: len(header)] = header
 
 
 def decode_header(layout: Layout, key: PageKey, data: bytes) -> PageHeader:
