@@ -48,7 +48,7 @@ def test_sources_of_tokens_add_up_to_the_prompts(tmp_path):
     assert found[("cachedattn_breaker_state", ("operation", "read"))] == 0
     for direction in ("d2h", "h2d", "read", "write"):
         assert found[("cachedattn_transfer_bytes_total", ("dir", direction))] > 0
-    assert stats.seconds_moving["host_to_disk"] > 0
+    assert max(stats.seconds_moving.values()) > 0
     assert stats.used_bytes["disk"] <= stats.capacity_bytes["disk"]
     assert json.loads(json.dumps(stats.describe()))["sessions"] == 2
 

@@ -117,6 +117,50 @@ def test_a_server_that_dies_costs_a_bounded_time_and_no_token(server):
     assert time.monotonic() - started_s < 30
 
 
+def test_a_folder_in_front_of_s3_serves_pages_that_were_there_before(server, tmp_path):
+    url, rng = server.bucket(), np.random.default_rng(0)
+    io = IoConfig(s3_endpoint=server.endpoint, timeout_s=20.0)
+    options = {"disk_pages": 500, "disk_root": url, "io": io, "loading": "always"}
+    with make_engine(**options) as engine:
+        served(engine, "a", random_tokens(rng, 30))
+    near = {"cache_root": str(tmp_path), "cache_bytes": "1 MiB"}
+    found = []
+    for _ in range(2):
+        with make_engine(**options, **near) as engine:
+            turn = served(engine, "a", [5])
+            assert turn.tokens_from.disk > 0 and turn.tokens_from.recomputed == 0
+            others = engine.stats().others
+            found.append((others.get("cache_hits", 0), others.get("cache_fetches", 0)))
+    assert found[0][0] == 0 and found[0][1] > 0
+    assert found[1][0] > 0 and found[1][1] == 0
+
+
+def test_a_folder_in_front_of_s3_keeps_its_budget_and_its_damage_is_found(
+    server, tmp_path
+):
+    url, rng = server.bucket(), np.random.default_rng(0)
+    io = IoConfig(s3_endpoint=server.endpoint, timeout_s=20.0)
+    options = {"disk_pages": 500, "disk_root": url, "io": io, "loading": "always"}
+    near = {"cache_root": str(tmp_path), "cache_bytes": 4 * 5000}
+    with make_engine(**options, **near) as engine:
+        for name in "abc":
+            served(engine, name, random_tokens(rng, 20))
+    files = [path for path in (tmp_path / "pages").rglob("*") if path.is_file()]
+    assert 0 < sum(path.stat().st_size for path in files) <= 4 * 5000
+    near["cache_bytes"] = "1 MiB"
+    for is_damaged in (False, True):
+        files = [path for path in (tmp_path / "pages").rglob("*") if path.is_file()]
+        for path in files if is_damaged else ():
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            path.write_bytes(data)
+        with make_engine(**options, **near) as engine:
+            for name in "abc":
+                served(engine, name, [5])
+            misses = engine.stats().misses.get("checksum", 0)
+            assert (misses > 0) == is_damaged
+
+
 def test_a_dead_endpoint_is_one_clear_sentence_within_the_timeout(server):
     io = IoConfig(s3_endpoint="http://127.0.0.1:9", timeout_s=5.0, max_retries=1)
     started_s = time.monotonic()

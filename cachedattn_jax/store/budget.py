@@ -27,6 +27,8 @@ class StoreConfig:
             GiB". 0 switches the host or the disk tier off.
         disk_root: a path or a TensorStore URL (file://, s3://, gs://, memory://); None
             for no disk tier. One layout owns a root.
+        cache_root, cache_bytes: a folder that keeps pages of an object store near by,
+            a fourth tier; None for none.
         placement: who gives up room first, and what is fetched ahead.
         write_policy: when a new page is copied out of the device. "write_through": as
             soon as it is computed; "write_back": when its slot is needed;
@@ -47,6 +49,8 @@ class StoreConfig:
     host_bytes: int | str = "1 GiB"
     disk_bytes: int | str = 0
     disk_root: str | None = None
+    cache_root: str | None = None
+    cache_bytes: int | str = 0
     placement: PlacementConfig = PlacementConfig()
     write_policy: str = "write_through"
     write_buffer_bytes: int | str = "512 MiB"
@@ -57,11 +61,14 @@ class StoreConfig:
     disk_host_link: EmulatedLink | None = None
 
     def __post_init__(self) -> None:
-        for name in ("device_bytes", "host_bytes", "disk_bytes", "write_buffer_bytes"):
+        names = ("device_bytes", "host_bytes", "disk_bytes", "cache_bytes")
+        for name in (*names, "write_buffer_bytes"):
             object.__setattr__(self, name, parse_bytes(name, getattr(self, name)))
         _check_memory("host_bytes", self.num_host_bytes)
         if self.num_disk_bytes and self.disk_root and "://" not in self.disk_root:
             _check_disk(self.disk_root, self.num_disk_bytes)
+        if self.cache_root and self.num_cache_bytes:
+            _check_disk(self.cache_root, self.num_cache_bytes)
         if not isinstance(self.placement, PlacementConfig):
             raise ValueError(f"placement={self.placement!r} must be a PlacementConfig")
         if self.write_policy not in WRITE_POLICIES:
@@ -89,6 +96,10 @@ class StoreConfig:
         return int(self.disk_bytes)
 
     @property
+    def num_cache_bytes(self) -> int:
+        return int(self.cache_bytes)
+
+    @property
     def num_write_buffer_bytes(self) -> int:
         return int(self.write_buffer_bytes)
 
@@ -109,7 +120,9 @@ class StoreConfig:
     @property
     def device_only(self) -> "StoreConfig":
         """The same without the lower tiers."""
-        return replace(self, host_bytes=0, disk_bytes=0, disk_root=None)
+        return replace(
+            self, host_bytes=0, disk_bytes=0, disk_root=None, cache_root=None
+        )
 
     def num_slots(self, layout: Layout) -> int:
         """Pages that fit in device memory."""

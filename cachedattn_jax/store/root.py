@@ -17,7 +17,7 @@ import pathlib
 import urllib.parse
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import tensorstore as ts
 
@@ -26,6 +26,7 @@ from cachedattn_jax.store.faults import Faults, FaultyKv
 from cachedattn_jax.store.guard import Guard, StorageFailure
 from cachedattn_jax.store.io_config import IoConfig
 from cachedattn_jax.store.layout import Layout
+from cachedattn_jax.store.read_cache import ReadCache
 from cachedattn_jax.store.salts import Salts
 from cachedattn_jax.store.writer_lock import WriterLock
 
@@ -36,17 +37,26 @@ _IO_THREADS = 4
 Result = TypeVar("Result")
 
 
+class CacheFolder(NamedTuple):
+    """Where pages of an object store are kept near by, and how many bytes of them."""
+
+    path: str
+    num_bytes: int
+
+
 class Root:
     """An opened store root.
 
     Args:
         url: a path, or a TensorStore URL such as file://, s3://, gs:// or memory://.
         faults: strike operations of pages and records.
+        cache: a local folder that keeps pages of an object store, too.
         is_writing: whether it may be written to; needs the lock of a local root.
 
     Attributes:
         kv: the guarded store; every operation of pages and records goes through it.
         is_shared: whether other processes may write to it at the same time.
+        cache: the folder in front of an object store, if there is one.
 
     Raises:
         ValueError: the root cannot be opened or written, another layout owns it, its
@@ -61,22 +71,27 @@ class Root:
         salts: Salts | None = None,
         *,
         faults: Faults | None = None,
+        cache: "CacheFolder | None" = None,
         is_writing: bool = True,
     ) -> None:
         self.url = url
         self.folder = local_folder(url)
         self.is_shared = self.folder is None and not url.startswith("memory:")
         raw = _open(url, io, is_writing)
-        self._lock = WriterLock(self.folder) if self.folder and is_writing else None
+        self._locks: list[WriterLock] = []
+        if self.folder is not None and is_writing:
+            self._locks.append(WriterLock(self.folder))
         try:
-            if self._lock is not None and self.folder is not None:
+            if self._locks and self.folder is not None:
                 _remove_leftovers(self.folder)
             plain = _guard(raw, io)
             _claim(plain, url, layout, salts or Salts(), is_writing)
+            self.cache = self._open_cache(raw, cache, io) if cache else None
         except BaseException:
             self._release()
             raise
-        self.kv = _guard(FaultyKv(raw, faults), io) if faults else plain
+        near = self.cache or raw
+        self.kv = _guard(FaultyKv(near, faults) if faults else near, io)
         self._workers = ThreadPoolExecutor(_IO_THREADS, thread_name_prefix="store-io")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-records")
         self._chores = ThreadPoolExecutor(1, thread_name_prefix="store-chores")
@@ -129,9 +144,21 @@ class Root:
         self._writer.shutdown(wait=True)
         self._release()
 
+    def _open_cache(self, raw: ts.KvStore, cache: CacheFolder, io: IoConfig):
+        local = _open(cache.path, io, True)
+        folder = local_folder(cache.path)
+        if folder is None or not self.is_shared:
+            raise ValueError(
+                f"cache_root={cache.path!r} must be a folder, in front of an object"
+                f" store; disk_root is {self.url!r}"
+            )
+        self._locks.append(WriterLock(folder))
+        _remove_leftovers(folder)
+        return ReadCache(raw, local, folder, cache.num_bytes)
+
     def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
+        for lock in self._locks:
+            lock.release()
 
 
 def read_layout(url: str, io: IoConfig = IoConfig()) -> Layout:

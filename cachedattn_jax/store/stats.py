@@ -111,6 +111,7 @@ def gather(
     breakers: dict[str, str] = {}
     if root is not None:
         counters += root.kv.counters
+        counters += root.cache.counters if root.cache else Counter()
         breakers = {"read": root.kv.reading.state, "write": root.kv.writing.state}
     page_bytes = pool.layout.page_bytes
     held = (entry.holds > 0 for tier in Tier for entry in index.in_tier(tier))

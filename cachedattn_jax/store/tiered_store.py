@@ -37,7 +37,7 @@ from cachedattn_jax.store.page import PageKey, Tail
 from cachedattn_jax.store.page_index import PageIndex, tenant_of
 from cachedattn_jax.store.placement.placement import Placement
 from cachedattn_jax.store.placement.tier import Tier
-from cachedattn_jax.store.root import Root
+from cachedattn_jax.store.root import CacheFolder, Root
 from cachedattn_jax.store.salts import read_salts
 from cachedattn_jax.store.saver import Saver
 from cachedattn_jax.store.stats import StoreStats, gather
@@ -127,8 +127,16 @@ class TieredStore:
         config = self.config
         if not config.disk_root:
             return None
+        cache = None
+        if config.cache_root and config.num_cache_bytes:
+            cache = CacheFolder(config.cache_root, config.num_cache_bytes)
         return Root(
-            config.disk_root, self.layout, config.io, self.salts, faults=self.faults
+            config.disk_root,
+            self.layout,
+            config.io,
+            self.salts,
+            faults=self.faults,
+            cache=cache,
         )
 
     def _presume(self, record: SessionRecord) -> None:
