@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TPU_VENV := .venv-tpu
 CUDA_VENV := .venv-cuda
 
-.PHONY: help quickstart test lint format compile-tpu compile-cuda roofline clean
+.PHONY: help quickstart test torture lint format compile-tpu compile-cuda roofline clean
 
 help: ## list what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile
@@ -19,6 +19,9 @@ quickstart: $(VENV)/installed ## run the main job: cached against recomputed, 2 
 
 test: $(VENV)/installed-dev ## run the tests
 	$(BIN)/python -m pytest -n 2
+
+torture: $(VENV)/installed ## kill -9 and faults under a running workload, 15 minutes
+	$(BIN)/cachedattn run configs/torture.gin --output_dir runs/torture $(ARGS)
 
 lint: $(VENV)/installed-dev ## run ruff and pyright, as CI does
 	$(BIN)/ruff check .

@@ -10,6 +10,8 @@ from typing import Any
 _PUBLIC = {
     "Engine": "cachedattn_jax.engine.engine",
     "EngineConfig": "cachedattn_jax.engine.engine_config",
+    "FaultConfig": "cachedattn_jax.store.fault_config",
+    "IoConfig": "cachedattn_jax.store.io_config",
     "LlamaConfig": "cachedattn_jax.model.config",
     "Request": "cachedattn_jax.engine.request",
     "SamplingParams": "cachedattn_jax.engine.request",
@@ -20,6 +22,7 @@ _PUBLIC = {
     "load_checkpoint": "cachedattn_jax.model.checkpoint",
     "load_hugging_face": "cachedattn_jax.model.checkpoint",
     "preset": "cachedattn_jax.model.config",
+    "prometheus_text": "cachedattn_jax.metrics",
     "save_checkpoint": "cachedattn_jax.model.checkpoint",
 }
 

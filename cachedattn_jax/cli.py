@@ -6,13 +6,14 @@ the run failed; 2 the user's mistake, in one sentence.
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from cachedattn_jax.exit_codes import exit_codes
+from cachedattn_jax.store_cli import store_app
 
 _HELP = """Serve multi-turn conversations with a KV cache that outlives the turn.
 
@@ -41,6 +42,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+app.add_typer(store_app, name="store")
 
 
 def main() -> None:
@@ -84,7 +86,7 @@ def run(
     ] = False,
 ) -> None:
     files = [*(configs or []), *(gin_file or [])]
-    with _exit_codes(debug):
+    with exit_codes(debug):
         if not files:
             raise ValueError("no gin file is named; try configs/quickstart.gin")
         _run(
@@ -112,22 +114,6 @@ def _run(files: list[str], bindings: list[str], output_dir: Path) -> None:
     console = Console()
     console.print(f"Everything is in {directory.path}/.", highlight=False)
     print_claims(claims, console)
-
-
-@contextmanager
-def _exit_codes(debug: bool) -> Iterator[None]:
-    from cachedattn_jax.run_directory import InvariantBroken
-
-    try:
-        yield
-    except InvariantBroken as error:
-        typer.echo(f"cachedattn: broken invariant: {error}", err=True)
-        raise typer.Exit(1) from None
-    except ValueError as error:
-        if debug:
-            raise
-        typer.echo(f"cachedattn: error: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 def _keep_compiled_programs() -> None:
@@ -178,7 +164,7 @@ def timeline(
     from cachedattn_jax import gantt
     from cachedattn_jax.tables import tracks_table
 
-    with _exit_codes(debug=False):
+    with exit_codes(debug=False):
         path = run / "timeline.json.gz" if run.is_dir() else run
         events = gantt.read_timeline(path)
         if list_turns:
@@ -222,7 +208,7 @@ def doctor(
         bool, typer.Option("--json", help="Print the constants as JSON.")
     ] = False,
 ) -> None:
-    with _exit_codes(debug=False):
+    with exit_codes(debug=False):
         _keep_compiled_programs()
         from rich.status import Status
 

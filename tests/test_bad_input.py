@@ -6,7 +6,8 @@ import pytest
 
 from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.request import SamplingParams
-from cachedattn_jax.store.budget import StoreConfig, parse_bytes
+from cachedattn_jax.store.budget import StoreConfig
+from cachedattn_jax.store.byte_count import parse_bytes
 from tests.engines import ask, assert_nothing_leaked, make_engine, tiny_model
 
 WINDOW = tiny_model()[0].window

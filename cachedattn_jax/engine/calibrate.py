@@ -18,6 +18,7 @@ from cachedattn_jax.engine.request import SamplingParams
 from cachedattn_jax.engine.sampling import sampling_batch
 from cachedattn_jax.store.device_pool import RUN_PAGES
 from cachedattn_jax.store.link import Copy
+from cachedattn_jax.store.page_index import PageEntry
 from cachedattn_jax.store.tiered_store import TieredStore
 from cachedattn_jax.timeline import busy_s
 
@@ -71,15 +72,18 @@ def _disk_links(store: TieredStore) -> tuple[Link | None, Link | None]:
     noise = np.frombuffer(os.urandom(layout.group_bytes), np.uint8)
     group = noise.view(store.pool.dtype).reshape(1, *layout.group_shape)
     groups = [jax.device_put(group, store.pool.host_sharding)] * layout.num_groups
-    keys = [os.urandom(32) for _ in range(_DISK_PAGES)]
     tokens = np.zeros(layout.page_tokens, np.int32)
+    pages = [
+        PageEntry(key=os.urandom(32), session="calibration/", token_ids=tokens)
+        for _ in range(_DISK_PAGES)
+    ]
     try:
-        writes = [disk.write(key, tokens, groups, 0) for key in keys]
+        writes = [disk.write(page, groups, 0) for page in pages]
         written = _flow(writes)
-        read = [_flow(disk.read(keys).copies) for _ in range(_REPEATS)]
+        read = [_flow(disk.read(pages).copies) for _ in range(_REPEATS)]
     finally:
-        for key in keys:
-            disk.delete(key)
+        for page in pages:
+            disk.delete(page)
     # One run of pages at a time is what a load asks for; its start is in the rate.
     best = max(read, key=lambda link: link.bytes_per_s)
     return best, written

@@ -13,13 +13,18 @@ from cachedattn_jax.engine.job import Job
 from cachedattn_jax.engine.running import Running
 from cachedattn_jax.engine.scheduler import Scheduler
 from cachedattn_jax.engine.staging import BadTurn, Staging
+from cachedattn_jax.engine.totals import Totals
 from cachedattn_jax.engine.turn import FinishReason, Turn
 from cachedattn_jax.store.catalog import SessionRecord
 from cachedattn_jax.store.tiered_store import TieredStore
 
 
 class Ending:
-    """Ends turns; afterwards they hold nothing."""
+    """Ends turns; afterwards they hold nothing.
+
+    Attributes:
+        totals: of all turns that have ended.
+    """
 
     def __init__(
         self,
@@ -30,6 +35,7 @@ class Ending:
         running: Running,
         decode: Decode,
     ) -> None:
+        self.totals = Totals()
         self._config = config
         self._store = store
         self._scheduler = scheduler
@@ -50,10 +56,12 @@ class Ending:
             page_keys=tuple(keys),
         )
         if self._config.reuse == "cached":
-            num_pages = self._store.commit(job.lease, keys, tail, record, job.name)
+            num_pages, turn.stored = self._store.commit(
+                job.lease, keys, tail, record, job.name
+            )
             turn.bytes_device_to_host += num_pages * self._store.layout.page_bytes
         else:
-            self._store.catalog.commit(record)
+            turn.stored = self._store.catalog.commit(record)
         self.let_go(job)
         self.end(turn, reason)
 
@@ -69,6 +77,7 @@ class Ending:
         turn.times.finished_s = time.monotonic()
         turn.error = error
         turn.finish_reason = reason
+        self.totals.note(turn)
         ticket = self._scheduler.ticket(turn)
         self._scheduler.finish(turn)
         if ticket is not None:
@@ -79,7 +88,7 @@ class Ending:
 
     def _rest(self, turn: Turn, now: float) -> None:
         store, request = self._store, turn.request
-        record = store.catalog.find(request.tenant, request.session_id)
+        record = store.catalog.known(request.tenant, request.session_id)
         num_tokens = 0 if record is None else record.cached_length
         store.placement.ended(
             turn.session,

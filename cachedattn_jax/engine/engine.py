@@ -5,6 +5,7 @@ Knows how the parts are put together. Does not know how a turn goes on: see `loo
 
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 
 import jax
 
@@ -18,6 +19,7 @@ from cachedattn_jax.engine.prefill import Prefill
 from cachedattn_jax.engine.request import Request
 from cachedattn_jax.engine.scheduler import Scheduler
 from cachedattn_jax.engine.session import Session
+from cachedattn_jax.engine.totals import Totals
 from cachedattn_jax.engine.turn import Times, Turn
 from cachedattn_jax.engine.warm_up import warm_up
 from cachedattn_jax.model.config import LlamaConfig
@@ -25,6 +27,7 @@ from cachedattn_jax.model.llama import LlamaParams, weights_digest
 from cachedattn_jax.store.budget import StoreConfig
 from cachedattn_jax.store.catalog import check_id, session_key
 from cachedattn_jax.store.layout import Layout
+from cachedattn_jax.store.stats import StoreStats
 from cachedattn_jax.store.tiered_store import TieredStore
 from cachedattn_jax.timeline import Timeline
 from pallas_kernels.rope import rope_tables
@@ -144,10 +147,27 @@ class Engine:
         self._check_quiet(tenant, session_id)
         self.store.rewind(tenant, session_id, num_tokens)
 
-    def forget(self, tenant: str, session_id: str) -> None:
-        """Deletes a session and its pages; ValueError while it has a turn under way."""
+    def forget(self, tenant: str, session_id: str) -> "Future[None]":
+        """Deletes a session and its pages; ValueError while it has a turn under way.
+
+        The future ends when a restart would not find it any more.
+        """
         self._check_quiet(tenant, session_id)
-        self.store.forget_session(tenant, session_id)
+        return self.store.forget_session(tenant, session_id)
+
+    def erase_tenant(self, tenant: str) -> "Future[None]":
+        """Erases every session of a tenant, in every tier and from the disk root.
+
+        The future ends when nothing of it is stored any more; it fails with
+        StorageFailure when that could not be done, and may be asked for again.
+
+        Raises:
+            ValueError: a turn of the tenant waits or runs.
+        """
+        turns = self.scheduler.running + self.scheduler.waiting
+        if tenant in {turn.request.tenant for turn in turns}:
+            raise ValueError(f"a turn of tenant {tenant!r} waits or runs")
+        return self.store.erase_tenant(tenant)
 
     def close_session(self, tenant: str, session_id: str) -> None:
         """Says that a conversation is over: its pages are the first to go.
@@ -197,6 +217,16 @@ class Engine:
         self.cost_model.calibrate(constants)
         return constants
 
+    @property
+    def totals(self) -> Totals:
+        """Sums over all turns that have ended: tokens by source, times."""
+        return self._loop.totals
+
+    def stats(self) -> StoreStats:
+        """What the store holds, and what has happened in it: misses by reason, moves,
+        evictions, failures."""
+        return self.store.stats()
+
     def close(self) -> None:
         """Cancels turns, writes what only memory holds to disk, stops the threads."""
         self._loop.stop()
@@ -210,7 +240,9 @@ class Engine:
 
     def _check_prompt(self, request: Request) -> None:
         request.check_vocabulary(self.model.vocab_size)
-        record = self.store.catalog.find(request.tenant, request.session_id)
+        record = self.store.catalog.find(
+            request.tenant, request.session_id, is_fresh=True
+        )
         check_window(self.model.window, request, record)
 
     def _check_quiet(self, tenant: str, session_id: str) -> None:

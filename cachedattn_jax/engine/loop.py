@@ -19,6 +19,7 @@ from cachedattn_jax.engine.running import Running
 from cachedattn_jax.engine.sampling import sampling_batch
 from cachedattn_jax.engine.scheduler import Scheduler
 from cachedattn_jax.engine.staging import Staging
+from cachedattn_jax.engine.totals import Totals
 from cachedattn_jax.engine.turn import Turn
 from cachedattn_jax.store.groupwise_save import GroupwiseSave
 from cachedattn_jax.store.page import chain_keys
@@ -55,6 +56,11 @@ class Loop:
         self._ending = Ending(
             config, store, scheduler, self._staging, self._running, decode
         )
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over all turns that have ended."""
+        return self._ending.totals
 
     def step(self) -> None:
         """Advances every turn that can advance; the whole design in five calls."""

@@ -76,11 +76,14 @@ def check_window(window: int, request: Request, record: SessionRecord | None) ->
 
 
 def plan_turn(
-    layout: Layout, window: int, request: Request, record: SessionRecord | None
+    layout: Layout,
+    window: int,
+    request: Request,
+    record: SessionRecord | None,
+    salt: bytes,
 ) -> TurnPlan:
     """Lays out a turn; ValueError if its prompt does not fit the window."""
     check_window(window, request, record)
-    salt = request.tenant.encode()
     new = np.asarray(request.token_ids, np.int32)
     known = np.zeros(0, np.int32) if record is None else record.token_ids
     prompt = new if request.is_whole_prompt else np.concatenate([known, new])

@@ -168,10 +168,13 @@ class Staging:
         request, store = turn.request, self._store
         record = store.catalog.find(request.tenant, request.session_id)
         turn.turn_index = 0 if record is None else record.num_turns
-        plan = plan_turn(store.layout, self._window, request, record)
+        salt = store.salts.of(request.tenant)
+        plan = plan_turn(store.layout, self._window, request, record, salt)
         found: list[PageEntry] = []
         if self._config.reuse == "cached":
-            found = store.leases.find(turn.session, plan.reusable_keys, plan.tail)
+            found = store.leases.find(
+                turn.session, plan.reusable_keys, plan.tail, plan.prompt
+            )
         decision = self._decide(plan, found)
         return _Prospect(
             plan=plan, found=found[: decision.num_pages], decision=decision

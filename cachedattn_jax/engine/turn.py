@@ -4,6 +4,7 @@ Knows tokens, times and where tokens came from. Does not know arrays or how it i
 """
 
 import dataclasses
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -62,6 +63,8 @@ class Turn:
         prompt: int32, the whole prompt with the history; empty until the turn starts.
         reply: tokens received so far.
         margins: for each of them, best minus second best logit.
+        stored: ends when the session's record is stored, and outlives the process from
+            then on; see `Catalog.commit` for how it fails. None until the turn ends.
         error: what went wrong, if `finish_reason` is "error".
         num_chunk_tokens: tokens the prefill programs were run over, padding included.
         load_s: time during which pages were copied for it, from disk or to the device.
@@ -77,6 +80,7 @@ class Turn:
     reply: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stored: Future[None] | None = None
     error: Exception | None = None
     tokens_from: TokensFrom = field(default_factory=TokensFrom)
     num_chunk_tokens: int = 0

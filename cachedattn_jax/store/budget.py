@@ -4,11 +4,12 @@ Knows budgets. Does not know arrays or pages; imports no jax.
 """
 
 import os
-import re
 import shutil
 from dataclasses import dataclass, replace
 from typing import no_type_check
 
+from cachedattn_jax.store.byte_count import parse_bytes
+from cachedattn_jax.store.io_config import IoConfig
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.link import EmulatedLink
 from cachedattn_jax.store.placement.placement_config import PlacementConfig
@@ -16,9 +17,6 @@ from cachedattn_jax.store.placement.placement_config import PlacementConfig
 # While a turn runs, its new pages leave the device so many at a time, or at its end.
 SAVED_TOGETHER = 4
 WRITE_POLICIES = ("write_through", "write_back", "write_through_selective")
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @no_type_check  # gin passes what users write; checked here in words of ours
@@ -31,6 +29,8 @@ class StoreConfig:
             GiB". 0 switches the host or the disk tier off.
         disk_root: a path or a TensorStore URL (file://, s3://, gs://, memory://); None
             for no disk tier. One layout owns a root.
+        cache_root, cache_bytes: a folder that keeps pages of an object store near by,
+            a fourth tier; None for none.
         placement: who gives up room first, and what is fetched ahead.
         write_policy: when a new page is copied out of the device. "write_through": as
             soon as it is computed; "write_back": when its slot is needed;
@@ -40,6 +40,9 @@ class StoreConfig:
             that needs slots waits for a save only when so many are under way.
         is_saving_synchronous: every turn waits for its pages to be saved when it ends;
             the baseline of the paper's section 3.2.2.
+        tenant_secret_file: a file whose content salts the page keys of every tenant;
+            None where tenants trust each other.
+        io: time-outs, retries and other limits of the disk tier.
         host_device_link, disk_host_link: emulated connections, for machines that have
             none to measure with; None for the real ones.
     """
@@ -48,19 +51,26 @@ class StoreConfig:
     host_bytes: int | str = "1 GiB"
     disk_bytes: int | str = 0
     disk_root: str | None = None
+    cache_root: str | None = None
+    cache_bytes: int | str = 0
     placement: PlacementConfig = PlacementConfig()
     write_policy: str = "write_through"
     write_buffer_bytes: int | str = "512 MiB"
     is_saving_synchronous: bool = False
+    tenant_secret_file: str | None = None
+    io: IoConfig = IoConfig()
     host_device_link: EmulatedLink | None = None
     disk_host_link: EmulatedLink | None = None
 
     def __post_init__(self) -> None:
-        for name in ("device_bytes", "host_bytes", "disk_bytes", "write_buffer_bytes"):
+        names = ("device_bytes", "host_bytes", "disk_bytes", "cache_bytes")
+        for name in (*names, "write_buffer_bytes"):
             object.__setattr__(self, name, parse_bytes(name, getattr(self, name)))
         _check_memory("host_bytes", self.num_host_bytes)
         if self.num_disk_bytes and self.disk_root and "://" not in self.disk_root:
             _check_disk(self.disk_root, self.num_disk_bytes)
+        if self.cache_root and self.num_cache_bytes:
+            _check_disk(self.cache_root, self.num_cache_bytes)
         if not isinstance(self.placement, PlacementConfig):
             raise ValueError(f"placement={self.placement!r} must be a PlacementConfig")
         if self.write_policy not in WRITE_POLICIES:
@@ -68,6 +78,8 @@ class StoreConfig:
                 f"write_policy={self.write_policy!r} is not one of"
                 f" {', '.join(WRITE_POLICIES)}"
             )
+        if not isinstance(self.io, IoConfig):
+            raise ValueError(f"io={self.io!r} must be an IoConfig")
         for name in ("host_device_link", "disk_host_link"):
             link = getattr(self, name)
             if not isinstance(link, EmulatedLink | None):
@@ -84,6 +96,10 @@ class StoreConfig:
     @property
     def num_disk_bytes(self) -> int:
         return int(self.disk_bytes)
+
+    @property
+    def num_cache_bytes(self) -> int:
+        return int(self.cache_bytes)
 
     @property
     def num_write_buffer_bytes(self) -> int:
@@ -106,33 +122,13 @@ class StoreConfig:
     @property
     def device_only(self) -> "StoreConfig":
         """The same without the lower tiers."""
-        return replace(self, host_bytes=0, disk_bytes=0, disk_root=None)
+        return replace(
+            self, host_bytes=0, disk_bytes=0, disk_root=None, cache_root=None
+        )
 
     def num_slots(self, layout: Layout) -> int:
         """Pages that fit in device memory."""
         return self.num_device_bytes // layout.page_bytes
-
-
-@no_type_check
-def parse_bytes(name: str, value: int | str) -> int:
-    """Bytes meant by a number or by text such as "64 GiB" or "500MB".
-
-    Raises:
-        ValueError: not such a number, or negative.
-    """
-    number: float | None = None
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", value)
-        if match and match[2].upper() in _UNITS:
-            number = float(match[1]) * _UNITS[match[2].upper()]
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        number = value
-    if number is None or number < 0 or number != number:
-        raise ValueError(
-            f"{name}={value!r} must be a number of bytes of at least 0,"
-            ' or text such as "64 GiB"'
-        )
-    return int(number)
 
 
 def _check_memory(name: str, num_bytes: int) -> None:

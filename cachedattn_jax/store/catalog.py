@@ -8,17 +8,24 @@ store that changes, and it is written last.
 import base64
 import json
 import urllib.parse
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from itertools import islice
 
 import crc32c
 import numpy as np
 
+from cachedattn_jax.store.guard import StorageFailure
+from cachedattn_jax.store.object_names import QUARANTINE, SESSIONS
 from cachedattn_jax.store.page import PageKey
+from cachedattn_jax.store.record_writer import RecordWriter
 from cachedattn_jax.store.root import Root
 
 _MAX_NAME_BYTES = 200  # file systems end at 255 for one name
-_PREFIX = "sessions/"
+# Damage that is gone when it is read again came from the way, not from the disk.
+_READS_OF_DAMAGED = 3
+_MAX_IN_MEMORY = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,55 +54,167 @@ class SessionRecord:
 
 
 class Catalog:
-    """All session records; kept in memory, and in the root if there is one."""
+    """All session records; kept in memory, and in the root if there is one.
 
-    def __init__(self, root: Root | None) -> None:
+    Args:
+        on_read: is told of every record that comes from the root.
+    """
+
+    def __init__(
+        self,
+        root: Root | None,
+        on_read: Callable[[SessionRecord], None] = lambda record: None,
+    ) -> None:
         self._root = root
+        self._on_read = on_read
         self._records: dict[tuple[str, str], SessionRecord] = {}
         self._stored: set[tuple[str, str]] = set()
-        for name in root.list(_PREFIX) if root else ():
-            tenant, _, session_id = name.partition("/")
-            self._stored.add((_unquoted(tenant), _unquoted(session_id)))
+        self._writer = RecordWriter(root, self._lose) if root else None
+        names = root.list(SESSIONS) if root else ()
+        self._stored.update(filter(None, map(session_name, names)))
 
-    def sessions(self) -> list[tuple[str, str]]:
+    @property
+    def num_unstored(self) -> int:
+        """Records that are not in the root yet, though they shall be."""
+        return self._writer.num_unstored if self._writer else 0
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._stored | self._records.keys())
+
+    def sessions(self, tenant: str | None = None) -> list[tuple[str, str]]:
         """(tenant, session id) of every known session; reads no record."""
-        return sorted(self._stored | self._records.keys())
+        names = self._stored | self._records.keys()
+        return sorted(name for name in names if tenant in (None, name[0]))
 
-    def find(self, tenant: str, session_id: str) -> SessionRecord | None:
-        """The record of a session; a damaged one counts as absent."""
+    def find(
+        self, tenant: str, session_id: str, *, is_fresh: bool = False
+    ) -> SessionRecord | None:
+        """The record of a session; a damaged one counts as absent.
+
+        Args:
+            is_fresh: whether to look for what other replicas have written, in a shared
+                root.
+
+        Raises:
+            StorageFailure: it is stored, not in memory, and cannot be read now.
+        """
         name = (tenant, session_id)
-        if name not in self._records and name in self._stored and self._root:
-            found = self._root.kv.read(_key(*name)).result()
-            record = _decode(found.value) if found.state == "value" else None
-            if record is None or (record.tenant, record.session_id) != name:
-                self._stored.discard(name)
-                return None
-            self._records[name] = record
+        root, writer = self._root, self._writer
+        if root is None or writer is None or writer.is_pending(_key(*name)):
+            return self._records.get(name)
+        is_known = name in self._records
+        may_differ = is_fresh and root.is_shared
+        if may_differ or (name in self._stored and not is_known):
+            try:
+                self._read(root, writer, name)
+            except StorageFailure as failure:
+                # What is known may be out of date; committing over it would be noticed.
+                if is_known or name not in self._stored:
+                    return self._records.get(name)
+                raise StorageFailure(
+                    failure.reason,
+                    f"the record of session {session_id!r} cannot be read now",
+                ) from failure
         return self._records.get(name)
 
-    def commit(self, record: SessionRecord) -> "Future[None]":
-        """Makes the record the session's state; the future ends when it is stored."""
-        name = (record.tenant, record.session_id)
-        self._records[name] = record
-        if self._root is None:
-            done: Future[None] = Future()
-            done.set_result(None)
-            return done
-        self._stored.add(name)
-        return self._root.write_in_order(_key(*name), _encode(record))
+    def known(self, tenant: str, session_id: str) -> SessionRecord | None:
+        """The record of a session if it is in memory."""
+        return self._records.get((tenant, session_id))
 
-    def remove(self, tenant: str, session_id: str) -> None:
-        """Forgets a session."""
+    def commit(self, record: SessionRecord) -> "Future[None]":
+        """Makes the record the session's state; the future ends when it is stored.
+
+        It fails with StorageFailure when the first try did (the store goes on trying),
+        and with RecordConflict when another replica was faster; the session is what
+        that one says then.
+        """
+        name = (record.tenant, record.session_id)
+        self._records.pop(name, None)
+        self._records[name] = record
+        if self._writer is None:
+            return done_already()
+        self._stored.add(name)
+        self._trim(self._writer)
+        return self._writer.write(_key(*name), _encode(record))
+
+    def remove(self, tenant: str, session_id: str) -> "Future[None]":
+        """Forgets a session; the future ends when nothing of it is stored."""
         name = (tenant, session_id)
         self._records.pop(name, None)
-        if name in self._stored and self._root:
-            self._stored.discard(name)
-            self._root.write_in_order(_key(*name), None)
+        if name not in self._stored or self._writer is None:
+            return done_already()
+        self._stored.discard(name)
+        return self._writer.write(_key(*name), None)
+
+    def poll(self) -> None:
+        """Tries again to write what could not be written."""
+        if self._writer is not None:
+            self._writer.poll()
+
+    def close(self) -> None:
+        """Tries a last time to write what could not be written, and waits."""
+        if self._writer is not None:
+            wait(self._writer.try_again())
+
+    def _read(self, root: Root, writer: RecordWriter, name: tuple[str, str]) -> None:
+        """Takes in what the root says of a session."""
+        key = _key(*name)
+        known = writer.generations.get(key) if name in self._records else None
+        for _ in range(_READS_OF_DAMAGED):
+            found = root.kv.read(key, if_not_equal=known).result()
+            if found.state == "unspecified":  # not changed since
+                return
+            writer.generations[key] = found.stamp.generation
+            self._records.pop(name, None)
+            if found.state != "value":
+                self._stored.discard(name)
+                return
+            record = decode_record(found.value)
+            if record is not None and (record.tenant, record.session_id) == name:
+                self._records[name] = record
+                self._stored.add(name)
+                self._trim(writer)
+                self._on_read(record)
+                return
+            known = None
+        root.kv.count("records_damaged")
+        self._stored.discard(name)
+        writer.generations.pop(key, None)
+        root.rename(key, f"{QUARANTINE}{session_key(*name)}.record")
+
+    def _lose(self, key: str) -> None:
+        """Another replica has changed the session: what is known here is void."""
+        name = session_name(key.removeprefix(SESSIONS))
+        if name is not None:
+            self._records.pop(name, None)
+
+    def _trim(self, writer: RecordWriter) -> None:
+        """Forgets the records in memory that were not used for longest."""
+        num_over = max(0, len(self._records) - _MAX_IN_MEMORY)
+        for name in list(islice(self._records, num_over)):
+            if not writer.is_pending(_key(*name)):
+                del self._records[name]
+
+
+def done_already() -> "Future[None]":
+    """For what nothing has to be stored for."""
+    done: Future[None] = Future()
+    done.set_result(None)
+    return done
 
 
 def session_key(tenant: str, session_id: str) -> str:
     """One name for a session of a tenant, unlike that of any other."""
     return f"{_quoted(tenant)}/{_quoted(session_id)}"
+
+
+def session_name(key: str) -> tuple[str, str] | None:
+    """(tenant, session id) that a `session_key` was made from; None for another."""
+    tenant, _, session_id = key.partition("/")
+    if not tenant or not session_id or "/" in session_id:
+        return None
+    return urllib.parse.unquote(tenant), urllib.parse.unquote(session_id)
 
 
 def check_id(what: str, value: str) -> None:
@@ -109,16 +228,12 @@ def check_id(what: str, value: str) -> None:
 
 
 def _key(tenant: str, session_id: str) -> str:
-    return _PREFIX + session_key(tenant, session_id)
+    return SESSIONS + session_key(tenant, session_id)
 
 
 def _quoted(name: str) -> str:
     # "." and ".." would be folders.
     return urllib.parse.quote(name, safe="").replace(".", "%2E")
-
-
-def _unquoted(name: str) -> str:
-    return urllib.parse.unquote(name)
 
 
 def _encode(record: SessionRecord) -> bytes:
@@ -136,7 +251,8 @@ def _encode(record: SessionRecord) -> bytes:
     return b"%08x\n" % crc32c.crc32c(body) + body
 
 
-def _decode(data: bytes) -> SessionRecord | None:
+def decode_record(data: bytes) -> SessionRecord | None:
+    """The record that was written; None for damaged bytes."""
     checksum, _, body = data.partition(b"\n")
     if checksum != b"%08x" % crc32c.crc32c(body):
         return None

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cachedattn_jax.store.faults import Faults
 from cachedattn_jax.store.layout import Layout
 from pallas_kernels.page_copy import extract_pages, install_pages
 
@@ -67,7 +68,8 @@ class DevicePool:
     dim]`.
 
     `arrays` holds one array per layer group; whoever passes one to a donating call
-    stores the result back. One slot number spans all groups.
+    stores the result back. One slot number spans all groups. `faults`, if there are
+    any, strike copies from and to host memory.
     """
 
     def __init__(self, layout: Layout, num_slots: int, device: jax.Device) -> None:
@@ -77,6 +79,7 @@ class DevicePool:
         self.dtype = storage_dtype(layout, device.platform)
         self.device_sharding = jax.sharding.SingleDeviceSharding(device)
         self.host_sharding = self.device_sharding.with_memory_kind("pinned_host")
+        self.faults: Faults | None = None
         self._free: list[int] = []
         self.arrays: list[jax.Array] = []
         self.rebuild()
@@ -113,6 +116,8 @@ class DevicePool:
 
     def put(self, runs: Sequence[np.ndarray | jax.Array]) -> list[jax.Array]:
         """Starts the copies of runs of one layer group to the device."""
+        if self.faults is not None:
+            self.faults.strike_host()
         return jax.device_put(list(runs), self.device_sharding)
 
     def install(
@@ -162,6 +167,8 @@ class DevicePool:
             is_emulated: an emulated link takes the time of the copy. On CPU the runs
                 are in host memory already, so nothing is copied then.
         """
+        if self.faults is not None:
+            self.faults.strike_host()
         if is_emulated and self.platform == "cpu":
             return [jnp.asarray(run) for run in runs]
         return jax.device_put(list(runs), self.host_sharding)

@@ -7,80 +7,41 @@ the worker threads of the root; results come back as futures.
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
-import tensorstore as ts
 
 from cachedattn_jax.store import page as page_format
+from cachedattn_jax.store.disk_read import DiskPart, DiskRead
+from cachedattn_jax.store.guard import Operation, StorageFailure
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.link import Copy, Link, Links
+from cachedattn_jax.store.object_names import QUARANTINE, list_pages, page_name
 from cachedattn_jax.store.page import BadPage, PageHeader, PageKey
+from cachedattn_jax.store.page_index import PageEntry, tenant_of
 from cachedattn_jax.store.root import Root
 
-_PREFIX = "pages/"
+# Reasons that say something about the store now and nothing about the object.
+PASSING = frozenset(
+    (
+        "timeout",
+        "io_error",
+        "permission",
+        "disk_full",
+        "breaker_open",
+        "read_failed",
+        "copy_failed",
+    )
+)
+
+_DELETE_AGAIN_S = 1.0
+# Enough to look into, and no way to fill the disk.
+_MAX_QUARANTINED = 64
 
 # A read of fewer bytes than this costs as much as one of so many: consecutive layer
 # groups of a page are read together until they have them.
 _LEAST_READ_BYTES = 256 * 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiskPart:
-    """Some layer groups of pages that were read together.
-
-    Attributes:
-        groups: per layer group, [pages, layers_per_group, kv_heads, 2, page_tokens,
-            dim]; unset where a page is bad.
-        headers: of the pages, by index, without the bad ones.
-        bad: reason by index of each page that is missing or may not be used.
-        end_s: when the read ended, seconds of the monotonic clock.
-    """
-
-    groups: list[np.ndarray]
-    headers: dict[int, PageHeader]
-    bad: dict[int, str]
-    end_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiskRead:
-    """Pages on their way from disk, a few layer groups at a time, in order.
-
-    Attributes:
-        num_rows: how many pages.
-        groups_per_part: layer groups that are read together.
-        copies: of the parts, one after the other.
-    """
-
-    num_rows: int
-    groups_per_part: int
-    parts: "list[Future[DiskPart]]"
-    copies: list[Copy]
-
-    def has_group(self, group: int) -> bool:
-        """Whether a layer group is in host memory, or cannot come any more."""
-        return self.copies[group // self.groups_per_part].has_arrived
-
-    def wait(self, group: int, timeout_s: float | None) -> None:
-        """Waits for a layer group, but not longer than this."""
-        self.copies[group // self.groups_per_part].wait(timeout_s)
-
-    def group(self, group: int) -> np.ndarray:
-        """A layer group that is in host memory."""
-        part, place = divmod(group, self.groups_per_part)
-        return self.parts[part].result().groups[place]
-
-    def bad(self) -> dict[int, str]:
-        """Reason by index of every page found bad until now."""
-        found: dict[int, str] = {}
-        for part in self.parts:
-            if part.done() and part.exception() is not None:
-                found = {index: "read_failed" for index in range(self.num_rows)}
-            elif part.done():
-                found = {**part.result().bad, **found}
-        return found
 
 
 class DiskTier:
@@ -100,8 +61,12 @@ class DiskTier:
         self.capacity_bytes = capacity_bytes
         self.object_bytes = page_format.object_bytes(layout)
         self.num_objects = 0
+        self.num_quarantined = 0
         self._dtype = dtype
-        self._deletes: dict[PageKey, Future[None]] = {}
+        # By name: an object that comes back must not lose the race with its deletion.
+        self._leaving: dict[str, Future[None]] = {}
+        self._not_deleted: set[str] = set()
+        self._delete_again_s = 0.0
 
     @property
     def used_bytes(self) -> int:
@@ -111,58 +76,90 @@ class DiskTier:
     def max_objects(self) -> int:
         return self.capacity_bytes // self.object_bytes
 
-    def list(self) -> list[PageKey]:
-        """Keys of every object, without reading any."""
-        names = self.root.list(_PREFIX)
-        found = [bytes.fromhex(name.replace("/", "")) for name in names]
+    @property
+    def can_be_read(self) -> bool:
+        """Whether reading is worth a try: it has not failed again and again."""
+        return not self.root.kv.reading.is_open
+
+    @property
+    def can_be_written(self) -> bool:
+        return not self.root.kv.writing.is_open
+
+    def list(self) -> list[tuple[str, PageKey]]:
+        """(tenant, key) of every object, without reading any."""
+        found = list_pages(self.root)
         self.num_objects = len(found)
         return found
 
-    def write(
-        self,
-        key: PageKey,
-        token_ids: np.ndarray,
-        groups: Sequence[jax.Array],
-        row: int,
-    ) -> Copy:
+    def write(self, entry: PageEntry, groups: Sequence[jax.Array], row: int) -> Copy:
         """Stores one row of a slab; charges the budget at once."""
+        assert entry.token_ids is not None
         self.num_objects += 1
-        # A page that left and comes back must not lose the race with its own deletion.
-        before = self._deletes.pop(key, None)
-        done = self.root.submit(self._write, key, token_ids, list(groups), row, before)
+        name = object_name(entry)
+        self._not_deleted.discard(name)
+        before = self._leaving.pop(name, None)
+        done = self.root.submit(
+            self._write, name, entry.key, entry.token_ids, list(groups), row, before
+        )
         return self._links.host_to_disk.carry(self.object_bytes, done)
 
-    def forget(self) -> None:
-        """Takes back the charge of a write that failed."""
+    def forget(self, entry: PageEntry) -> None:
+        """Takes back the charge of a write that failed, and what it may have left."""
         self.num_objects -= 1
+        self._remove(object_name(entry))
 
-    def delete(self, key: PageKey) -> "Future[None]":
+    def delete(self, entry: PageEntry) -> "Future[None]":
         """Removes an object; its bytes count as free at once."""
         self.num_objects -= 1
-        self._deletes = {
-            k: done for k, done in self._deletes.items() if not done.done()
-        }
-        self._deletes[key] = self.root.submit(self._delete, key)
-        return self._deletes[key]
+        return self._remove(object_name(entry))
 
-    def read(self, keys: Sequence[PageKey]) -> DiskRead:
+    def quarantine(self, entry: PageEntry, reason: str) -> None:
+        """Moves a bad object where nobody reads it; its bytes count as free at once."""
+        if reason == "missing":
+            self.num_objects -= 1
+            return
+        if self.num_quarantined >= _MAX_QUARANTINED:
+            self.delete(entry)
+            return
+        self.num_objects -= 1
+        self.num_quarantined += 1
+        name = object_name(entry)
+        self._leaving[name] = self.root.submit(self._quarantine, name, entry, reason)
+
+    def poll(self) -> None:
+        """Tries again to delete what could not be deleted, now and then."""
+        now = time.monotonic()
+        if self._not_deleted and self.can_be_written and now > self._delete_again_s:
+            self._delete_again_s = now + _DELETE_AGAIN_S
+            for name in list(self._not_deleted):
+                self._not_deleted.discard(name)
+                self._remove(name)
+
+    def read(self, entries: Sequence[PageEntry]) -> DiskRead:
         """Starts to read and verify pages, from the first layer group to the last."""
         layout = self.layout
         per_part = min(-(-_LEAST_READ_BYTES // layout.group_bytes), layout.num_groups)
+        wanted = [_Wanted(object_name(e), e.key, e.token_ids) for e in entries]
         parts: list[Future[DiskPart]] = []
         copies = []
         for first in range(0, layout.num_groups, per_part):
             groups = range(first, min(first + per_part, layout.num_groups))
             before = parts[0] if parts else None
-            parts.append(self.root.submit(self._read, list(keys), groups, before))
-            num_bytes = len(keys) * len(groups) * layout.group_bytes
+            parts.append(self.root.submit(self._read, wanted, groups, before))
+            num_bytes = len(wanted) * len(groups) * layout.group_bytes
             copies.append(_carry(self._links.disk_to_host, num_bytes, parts[-1]))
         return DiskRead(
-            num_rows=len(keys), groups_per_part=per_part, parts=parts, copies=copies
+            num_rows=len(wanted), groups_per_part=per_part, parts=parts, copies=copies
         )
+
+    def _remove(self, name: str) -> "Future[None]":
+        self._leaving = {n: d for n, d in self._leaving.items() if not d.done()}
+        self._leaving[name] = self.root.submit(self._delete, name)
+        return self._leaving[name]
 
     def _write(
         self,
+        name: str,
         key: PageKey,
         token_ids: np.ndarray,
         groups: Sequence[jax.Array],
@@ -171,17 +168,33 @@ class DiskTier:
     ) -> float:
         if before is not None:
             before.exception()
-        payload = b"".join(np.asarray(group)[row].tobytes() for group in groups)
-        data = page_format.encode_page(self.layout, key, token_ids, payload)
-        self.root.kv.write(_name(key), data).result()
+        # One copy: pages are megabytes, and every pass over them shows in the rate.
+        data = bytearray(self.object_bytes)
+        shape = (self.layout.num_groups, *self.layout.group_shape)
+        start = page_format.payload_offset(self.layout)
+        payload = np.frombuffer(data, self._dtype, offset=start).reshape(shape)
+        for group, layers in enumerate(groups):
+            payload[group] = np.asarray(layers)[row]
+        page_format.seal_page(self.layout, key, token_ids, data)
+        self.root.kv.write(name, data).result()
         return time.monotonic()
 
-    def _delete(self, key: PageKey) -> None:
-        self.root.kv.write(_name(key), None).result()
+    def _delete(self, name: str) -> None:
+        try:
+            self.root.kv.write(name, None).result()
+        except StorageFailure:
+            self._not_deleted.add(name)
+
+    def _quarantine(self, name: str, entry: PageEntry, reason: str) -> None:
+        tenant = tenant_of(entry.session)
+        try:
+            self.root.rename(name, f"{QUARANTINE}{tenant}/{entry.key.hex()}.{reason}")
+        except StorageFailure:
+            self._delete(name)
 
     def _read(
         self,
-        keys: Sequence[PageKey],
+        wanted: "Sequence[_Wanted]",
         groups: range,
         first_part: "Future[DiskPart] | None",
     ) -> DiskPart:
@@ -189,44 +202,68 @@ class DiskTier:
         layout = self.layout
         headers = dict(first_part.result().headers) if first_part else {}
         start = page_format.group_range(layout, groups[0]).start if first_part else 0
-        wanted = slice(start, page_format.group_range(layout, groups[-1]).stop)
+        stop = page_format.group_range(layout, groups[-1]).stop
         bad = dict(first_part.result().bad) if first_part else {}
         reads = {
-            index: self.root.kv.read(_name(key), byte_range=wanted)
-            for index, key in enumerate(keys)
+            index: self.root.kv.read(page.name, slice(start, stop))
+            for index, page in enumerate(wanted)
             if index not in bad
         }
         arrays = [
-            np.empty((len(keys), *layout.group_shape), self._dtype) for _ in groups
+            np.empty((len(wanted), *layout.group_shape), self._dtype) for _ in groups
         ]
         for index, read in reads.items():
             try:
                 payload = _found(read)
                 if first_part is None:
-                    end = page_format.payload_offset(layout)
-                    header = bytes(payload[:end])
-                    headers[index] = page_format.decode_header(
-                        layout, keys[index], header
-                    )
-                    payload = payload[end:]
+                    headers[index], payload = self._header(wanted[index], payload)
                 first_layer = groups[0] * layout.layers_per_group
-                page_format.verify_layers(layout, headers[index], first_layer, payload)
+                num_layers = len(groups) * layout.layers_per_group
+                page_format.verify_layers(
+                    layout, headers[index], first_layer, num_layers, payload
+                )
             except BadPage as error:
                 bad[index] = str(error)
+                if bad[index] not in PASSING:
+                    self.root.kv.count(f"corrupt_{error}")
                 continue
             for place, array in enumerate(arrays):
                 part = payload[place * layout.group_bytes :][: layout.group_bytes]
                 array[index] = np.frombuffer(part, self._dtype).reshape(array.shape[1:])
         return DiskPart(groups=arrays, headers=headers, bad=bad, end_s=time.monotonic())
 
+    def _header(
+        self, wanted: "_Wanted", payload: memoryview
+    ) -> tuple[PageHeader, memoryview]:
+        """The header, checked against what was asked for, and what follows it."""
+        end = page_format.payload_offset(self.layout)
+        data = bytes(payload[:end])
+        header = page_format.decode_header(self.layout, wanted.key, data)
+        expected = wanted.token_ids
+        if expected is not None and not np.array_equal(header.token_ids, expected):
+            raise BadPage("other_tokens")
+        return header, payload[end:]
 
-def _found(read: ts.Future) -> memoryview:
+
+class _Wanted(NamedTuple):
+    """A page to be read; `token_ids` are those it must hold, if that is known."""
+
+    name: str
+    key: PageKey
+    token_ids: np.ndarray | None
+
+
+def object_name(entry: PageEntry) -> str:
+    """Where a page lies in the root."""
+    return page_name(tenant_of(entry.session), entry.key)
+
+
+def _found(read: Operation) -> memoryview:
     """The bytes that were read; BadPage if there are none."""
     try:
         found = read.result()
-    except (ValueError, OSError) as error:
-        is_short = "OUT_OF_RANGE" in str(error)
-        raise BadPage("torn" if is_short else "read_error") from error
+    except StorageFailure as failure:
+        raise BadPage(failure.reason) from failure
     if found.state != "value":
         raise BadPage("missing")
     return memoryview(found.value)
@@ -242,9 +279,3 @@ def _carry(link: Link, num_bytes: int, part: "Future[DiskPart]") -> Copy:
 
     part.add_done_callback(note)
     return link.carry(num_bytes, ended)
-
-
-def _name(key: PageKey) -> str:
-    # Two levels of folders keep a local folder below some thousand entries.
-    name = key.hex()
-    return f"{_PREFIX}{name[:2]}/{name[2:]}"

@@ -1,29 +1,34 @@
 """Makes room: pages leave a tier, downwards where a lower tier takes them.
 
-Knows budgets, victims and writes under way. Does not know turns or how pages are found.
+Knows budgets and victims. Does not know turns or how pages are found.
 """
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 
 import jax
 
 from cachedattn_jax.store.device_pool import DevicePool
-from cachedattn_jax.store.disk_tier import DiskTier
+from cachedattn_jax.store.disk_tier import PASSING, DiskTier
 from cachedattn_jax.store.host_tier import HostTier
 from cachedattn_jax.store.link import Copy
 from cachedattn_jax.store.page_index import PageEntry, PageIndex
 from cachedattn_jax.store.placement.tier import Tier
+from cachedattn_jax.store.write_backlog import WriteBacklog
 from cachedattn_jax.timeline import Timeline
 
-# Writes under way at once where pages leave one by one.
-_MAX_WRITES = 16
+# A page that could not be read is tried again after so long; its turn computes it.
+_READ_AGAIN_S = 1.0
 
 
 class Evictor:
-    """Frees slots, host bytes and disk bytes, asking the policy who goes first."""
+    """Frees slots, host bytes and disk bytes, asking the policy who goes first.
+
+    Args:
+        backlog_bytes: of pages that are being written; what comes beyond waits.
+    """
 
     def __init__(
         self,
@@ -33,15 +38,15 @@ class Evictor:
         disk: DiskTier | None,
         timeline: Timeline,
         counters: Counter[str],
+        backlog_bytes: int,
     ) -> None:
         self._index = index
         self._placement = index.placement
         self._pool = pool
         self._host = host
         self._disk = disk
-        self._timeline = timeline
         self._counters = counters
-        self._writes: deque[tuple[Copy, PageEntry]] = deque()
+        self._writes = WriteBacklog(index, disk, timeline, counters, backlog_bytes)
 
     @property
     def has_disk(self) -> bool:
@@ -49,7 +54,7 @@ class Evictor:
 
     @property
     def under_way(self) -> list[Copy]:
-        return [copy for copy, _ in self._writes]
+        return self._writes.copies
 
     def slot_victims(self, num_slots: int) -> list[PageEntry] | None:
         """Pages whose leaving makes so many slots free; None if that is not enough."""
@@ -78,16 +83,11 @@ class Evictor:
             if not units:
                 return False
             self._demote(units, num_bytes)
-            if not self._host.has_room(num_bytes) and self._writes:
-                if not (may_wait or self._writes[0][0].has_ended):
+            if not self._host.has_room(num_bytes):
+                if self._writes.is_waiting and not may_wait:
                     return False
-                self._settle_oldest()
+                self._writes.settle_oldest()
         return True
-
-    def limit_writes(self) -> None:
-        """Waits until no more writes are under way than are useful."""
-        while len(self._writes) > _MAX_WRITES:
-            self._settle_oldest()
 
     def write(
         self,
@@ -97,6 +97,8 @@ class Evictor:
     ) -> bool:
         """Whether the page is on disk or on its way there.
 
+        Waits while more bytes are on their way than the backlog may have.
+
         Args:
             groups, row: where its bytes are, for a page that is not in host memory.
         """
@@ -104,13 +106,16 @@ class Evictor:
             return True
         if not self._can_write(entry) or not self._make_disk_room(1, entry.session):
             return False
+        while self._writes.is_full:
+            self._writes.settle_oldest()
         self._start_write(entry, groups, row)
         return True
 
     def settle_writes(self) -> None:
         """Takes note of finished writes."""
-        while self._writes and self._writes[0][0].has_ended:
-            self._settle_oldest()
+        self._writes.settle_ended()
+        if self._disk is not None:
+            self._disk.poll()
 
     def keep_reserve(self) -> None:
         """Demotes pages in the background until host memory has its reserve free.
@@ -126,14 +131,15 @@ class Evictor:
             return
         missing = self._missing_pages(least)
         units = self._choose(Tier.HOST, missing, spares_next=True)
-        self._demote(units, least, may_lose=False)
+        self._demote(units, least, "reserve", may_lose=False)
 
-    def drop(self, session: str) -> None:
+    def drop(self, session: str, reason: str) -> None:
         """Gives up all that no turn holds of a session, writes under way included."""
         for tier in Tier:
             for entry in list(self._index.last_pages_first(session, tier)):
                 if not entry.holds:
                     self._counters[f"pages_left_{tier}"] += 1
+                    self._counters[f"evicted_{tier}_{reason}"] += 1
                     self.retire(entry)
 
     def shrink(self, session: str, tier: Tier, num_bytes: int) -> None:
@@ -143,14 +149,17 @@ class Evictor:
         num_pages = -(-num_bytes // self._pool.layout.page_bytes)
         for entry in free if self._is_whole else free[:num_pages]:
             self._leave(entry, tier)
-            self._count_loss(entry, tier)
+            self._count_loss(entry, tier, "quota")
 
     def drain(self) -> None:
         """Writes all that only host memory holds, as far as it fits, and waits."""
         for entry in list(self._index.in_tier(Tier.HOST)):
             self.write(entry)
-        while self._writes:
-            self._settle_oldest()
+        self.settle_all()
+
+    def settle_all(self) -> None:
+        """Waits for every write under way."""
+        self._writes.settle_all()
 
     def empty(self, tier: Tier) -> None:
         """Moves every page that is not held out of a tier; waits for the writes."""
@@ -159,7 +168,7 @@ class Evictor:
             self.drain()
         for entry in victims:
             self._leave(entry, tier)
-            self._count_loss(entry, tier)
+            self._count_loss(entry, tier, "emptied")
 
     def retire(self, entry: PageEntry) -> None:
         """Drops a page, wherever it is, that no conversation goes on from any more."""
@@ -183,8 +192,29 @@ class Evictor:
         if entry.on_disk:
             assert self._disk is not None
             entry.on_disk = False
-            self._disk.delete(entry.key)
+            self._disk.delete(entry)
             self._index.unplace(entry, Tier.DISK)
+
+    def give_up_object(self, entry: PageEntry, reason: str) -> None:
+        """Takes note that a page's object could not be used.
+
+        What is wrong with the object itself goes to quarantine; what may pass lets it
+        be for a while.
+        """
+        if entry.arrival is not None:
+            # Or the next lease would wait for the same read.
+            entry.arrival = None
+            self._index.note(entry)
+        if not entry.on_disk:
+            return
+        assert self._disk is not None
+        if reason in PASSING:
+            entry.read_again_s = time.monotonic() + _READ_AGAIN_S
+            return
+        self._counters["quarantined"] += reason != "missing"
+        entry.on_disk = False
+        self._disk.quarantine(entry, reason)
+        self._index.unplace(entry, Tier.DISK)
 
     def leave_host(self, entry: PageEntry) -> None:
         """Gives up the page's row in host memory, if it has one."""
@@ -232,7 +262,12 @@ class Evictor:
         return units
 
     def _demote(
-        self, units: list[list[PageEntry]], num_bytes: int, *, may_lose: bool = True
+        self,
+        units: list[list[PageEntry]],
+        num_bytes: int,
+        reason: str = "room",
+        *,
+        may_lose: bool = True,
     ) -> None:
         """Takes pages out of host memory until so many bytes are free.
 
@@ -247,15 +282,15 @@ class Evictor:
                 continue
             for entry in unit:
                 self.leave_host(entry)
-                self._count_loss(entry, Tier.HOST)
+                self._count_loss(entry, Tier.HOST, reason)
             self._placement.moved("demote", unit[0].session, len(unit))
 
     def _write_together(self, unit: list[PageEntry], *, may_lose: bool) -> bool:
         """Begins to write pages as far as needed; whether they may leave now."""
         dirty = [entry for entry in unit if not (entry.on_disk or entry.is_writing)]
         writable = [entry for entry in dirty if self._can_write(entry)]
-        if not self._is_whole and len(self._writes) >= _MAX_WRITES:
-            return not dirty and unit[0].on_disk
+        if dirty and self._writes.is_full:
+            return False
         if writable and self._make_disk_room(len(writable), unit[0].session):
             for entry in writable:
                 self._start_write(entry)
@@ -264,8 +299,10 @@ class Evictor:
         return all(e.on_disk for e in unit if e not in dirty or e in writable)
 
     def _can_write(self, entry: PageEntry) -> bool:
-        is_possible = self._disk is not None and not entry.is_unwritable
-        return is_possible and entry.token_ids is not None
+        disk = self._disk
+        if disk is None or entry.token_ids is None or not disk.can_be_written:
+            return False
+        return entry.write_again_s <= time.monotonic()
 
     def _start_write(
         self,
@@ -277,9 +314,7 @@ class Evictor:
         if entry.slab is not None:
             groups, row = entry.slab.groups, entry.row
         assert groups is not None
-        entry.is_writing = True
-        copy = self._disk.write(entry.key, entry.token_ids, groups, row)
-        self._writes.append((copy, entry))
+        self._writes.start(self._disk, entry, groups, row)
 
     def _leave(self, entry: PageEntry, tier: Tier) -> None:
         match tier:
@@ -312,34 +347,9 @@ class Evictor:
                 self._placement.moved("drop", session, 1)
         return True
 
-    def _settle_oldest(self) -> None:
-        copy, entry = self._writes.popleft()
-        copy.wait()
-        entry.is_writing = False
-        assert self._disk is not None
-        if copy.has_failed:
-            self._disk.forget()
-            self._counters["write_failures"] += 1
-            entry.is_unwritable = True
-        elif self._index.find(entry.key) is not entry:
-            self._disk.delete(entry.key)
-        else:
-            self._note_write(copy)
-            entry.on_disk = True
-            self._index.place(entry, Tier.DISK)
-        if entry.is_lost:
-            self._index.remove(entry)
-
-    def _note_write(self, copy: Copy) -> None:
-        start_s, end_s = copy.span
-        self._counters["pages_written"] += 1
-        self._counters["bytes_host_to_disk"] += copy.num_bytes
-        self._timeline.add(
-            "write", "host to disk", start_s, end_s, bytes=copy.num_bytes
-        )
-
-    def _count_loss(self, entry: PageEntry, tier: Tier) -> None:
+    def _count_loss(self, entry: PageEntry, tier: Tier, reason: str = "room") -> None:
         self._counters[f"pages_left_{tier}"] += 1
+        self._counters[f"evicted_{tier}_{reason}"] += 1
         if entry.is_lost:
             self._counters[f"pages_lost_from_{tier}"] += 1
 

@@ -3,11 +3,13 @@
 Knows reads under way and room in host memory. Does not know which session is next.
 """
 
+import time
 from collections import Counter, deque
 from dataclasses import dataclass
 
 from cachedattn_jax.store.device_pool import DevicePool, split_runs
-from cachedattn_jax.store.disk_tier import DiskRead, DiskTier
+from cachedattn_jax.store.disk_read import DiskRead
+from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.evictor import Evictor
 from cachedattn_jax.store.host_tier import HostTier, Slab
 from cachedattn_jax.store.link import Copy
@@ -51,17 +53,22 @@ class Fetcher:
     def fetch(self, session: str) -> bool:
         """Begins to read a session's pages; whether there was room for all of them."""
         disk, page_bytes = self._disk, self._pool.layout.page_bytes
-        if disk is None:
+        if disk is None or not disk.can_be_read:
             return False
         # Pages that a turn holds are read straight to the device.
-        wanted = [e for e in self._index.on_disk_only(session) if not e.holds]
+        now = time.monotonic()
+        wanted = [
+            entry
+            for entry in self._index.on_disk_only(session)
+            if not entry.holds and entry.read_again_s <= now
+        ]
         if not self._host.has_room(len(wanted) * page_bytes):
             return False
         for run in split_runs(wanted):
             if len(self._arrivals) >= _MAX_READS:
                 return False
             slab = self._host.reserve(len(run), len(run) * page_bytes)
-            read = disk.read([entry.key for entry in run])
+            read = disk.read(run)
             arrival = Arrival(entries=run, read=read, slab=slab)
             self._arrivals.append(arrival)
             self._counters["pages_fetched"] += len(run)
@@ -82,19 +89,19 @@ class Fetcher:
 
     def _take_in(self, arrival: Arrival) -> None:
         read, slab, bad = arrival.read, arrival.slab, arrival.read.bad()
-        num_groups = self._pool.layout.num_groups
-        if len(bad) < len(arrival.entries):
-            runs = [read.group(group) for group in range(num_groups)]
-            slab.groups += self._pool.put_on_host(runs)
-            per_part = read.groups_per_part
-            slab.copies += [read.copies[g // per_part] for g in range(num_groups)]
+        for copy in read.copies:
+            start_s, end_s = copy.span
+            self._counters["bytes_disk_to_host"] += copy.num_bytes
+            self._counters["us_disk_to_host"] += int(1e6 * (end_s - start_s))
+        is_here = len(bad) < len(arrival.entries) and self._fill(slab, read)
         for row, entry in enumerate(arrival.entries):
-            entry.arrival = None
-            if row in bad:
+            is_awaited = entry.arrival is arrival
+            entry.arrival = None if is_awaited else entry.arrival
+            if row in bad and is_awaited:
                 self._counters[f"miss_{bad[row]}"] += 1
-                self._evictor.leave_disk(entry)
+                self._evictor.give_up_object(entry, bad[row])
             is_wanted = self._index.find(entry.key) is entry and entry.slab is None
-            if row in bad or not is_wanted:
+            if row in bad or not is_wanted or not is_here:
                 self._host.release_row(slab)
                 self._index.note(entry)
                 continue
@@ -102,6 +109,21 @@ class Fetcher:
                 entry.token_ids = read.parts[0].result().headers[row].token_ids
             entry.slab, entry.row = slab, row
             self._index.place(entry, Tier.HOST)
+
+    def _fill(self, slab: Slab, read: DiskRead) -> bool:
+        """Whether what was read could be put into host memory."""
+        num_groups = self._pool.layout.num_groups
+        try:
+            slab.groups += self._pool.put_on_host(
+                [read.group(group) for group in range(num_groups)]
+            )
+        except Exception:  # out of memory, most likely: the pages stay on disk
+            self._counters["fetch_failures"] += 1
+            return False
+        slab.copies += [
+            read.copies[group // read.groups_per_part] for group in range(num_groups)
+        ]
+        return True
 
 
 def _has_ended(read: DiskRead) -> bool:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from cachedattn_jax.store.device_pool import DevicePool
-from cachedattn_jax.store.disk_tier import DiskRead
+from cachedattn_jax.store.disk_read import DiskRead
 from cachedattn_jax.store.host_tier import Slab
 from cachedattn_jax.store.link import Copy, Link
 from cachedattn_jax.store.page_index import PageEntry

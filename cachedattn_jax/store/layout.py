@@ -4,10 +4,13 @@ Knows sizes, byte offsets and the digest that keeps pages of different models ap
 Does not know keys, tiers or arrays on a device.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 FORMAT_VERSION = 1
 
@@ -99,6 +102,21 @@ class Layout:
             "norm_eps": self.norm_eps,
             "page_tokens": self.page_tokens,
         }
+
+    @staticmethod
+    def described(facts: Mapping[str, int | float | str]) -> "Layout":
+        """The layout that `describe` told; its layers move one by one.
+
+        Raises:
+            ValueError: it is of another format version.
+        """
+        if facts["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={facts['format_version']!r} is not {FORMAT_VERSION}"
+            )
+        names = {f.name for f in dataclasses.fields(Layout)} - {"layers_per_group"}
+        values: dict[str, Any] = {name: facts[name] for name in names}
+        return Layout(layers_per_group=1, **values)
 
     @functools.cached_property
     def digest(self) -> bytes:

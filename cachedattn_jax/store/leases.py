@@ -4,6 +4,7 @@ Knows pages, slots and holds. Does not know when pages are saved or evicted, or 
 in them.
 """
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -14,9 +15,9 @@ from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.evictor import Evictor
 from cachedattn_jax.store.inbound import Inbound, Load
 from cachedattn_jax.store.lease import Lease
-from cachedattn_jax.store.link import Links
+from cachedattn_jax.store.link import Copy, Links
 from cachedattn_jax.store.page import PageKey, Tail
-from cachedattn_jax.store.page_index import UNCLAIMED, PageEntry, PageIndex
+from cachedattn_jax.store.page_index import PageEntry, PageIndex, is_unclaimed
 from cachedattn_jax.store.placement.tier import Tier
 from cachedattn_jax.store.saver import Saver
 from cachedattn_jax.store.watcher import Watcher
@@ -51,30 +52,55 @@ class Leases:
         self._counters = counters
 
     def find(
-        self, session: str, keys: Sequence[PageKey], tail: Tail | None
+        self,
+        session: str,
+        keys: Sequence[PageKey],
+        tail: Tail | None,
+        token_ids: np.ndarray | None = None,
     ) -> list[PageEntry]:
-        """The longest stored beginning of a prompt.
+        """The longest stored beginning of a prompt that can be read now.
 
         Args:
             keys: the full pages of the prompt that may be reused, in order.
             tail: the session's last page, used if exactly the pages before it are
                 found.
+            token_ids: int32, of these pages; objects that hold others are refused.
         """
         found = []
-        for key in keys:
-            entry = self._index.find(key)
-            if entry is None or not entry.tiers:
+        for index, key in enumerate(keys):
+            entry = self._usable(key)
+            if entry is None:
                 break
+            if entry.token_ids is None and token_ids is not None:
+                step = self._pool.layout.page_tokens
+                entry.token_ids = token_ids[index * step : (index + 1) * step].copy()
             found.append(entry)
         if tail is None or tail.index != len(found):
             return found
-        entry = self._index.find(tail.key)
+        entry = self._usable(tail.key)
         # A tail is written to in place, so it is never shared.
-        if entry is not None and entry.tiers and not entry.holds:
-            if entry.session in (session, UNCLAIMED):
+        if entry is not None and not entry.holds:
+            if entry.session == session or is_unclaimed(entry.session):
+                if entry.token_ids is None:
+                    entry.token_ids = tail.token_ids.copy()
                 self.tails[session] = entry
                 found.append(entry)
         return found
+
+    def _usable(self, key: PageKey) -> PageEntry | None:
+        """A page that is somewhere, and not only where nothing can be read now."""
+        entry = self._index.find(key)
+        if entry is None or not entry.tiers:
+            return None
+        if entry.is_on_disk_only:
+            assert self._disk is not None
+            if not self._disk.can_be_read:
+                self._counters["pages_passed_breaker_open"] += 1
+                return None
+            if entry.read_again_s > time.monotonic():
+                self._counters["pages_passed_read_failed"] += 1
+                return None
+        return entry
 
     def acquire(
         self,
@@ -146,7 +172,7 @@ class Leases:
             for entry in entries:
                 if reason == "copy_failed":
                     self._evictor.leave_host(entry)
-                self._evictor.leave_disk(entry)
+                self._evictor.give_up_object(entry, reason)
         return True
 
     def publish(
@@ -175,8 +201,17 @@ class Leases:
                 entry.holds -= 1
             if entry is None or entry.slot != slot:
                 self._pool.give_back(slot)
+        self._note(lease.inbound.reads, "disk_to_host")
+        self._note(lease.inbound.puts, "host_to_device")
         lease.entries = []
         lease.slots = lease.slots[:0]
+
+    def _note(self, copies: Sequence[Copy], direction: str) -> None:
+        for copy in copies:
+            if copy.is_good and copy.has_arrived:
+                start_s, end_s = copy.span
+                self._counters[f"bytes_{direction}"] += copy.num_bytes
+                self._counters[f"us_{direction}"] += int(1e6 * (end_s - start_s))
 
     def _free_slots(self, num_slots: int) -> bool:
         """Whether so many slots are free now; evicts nothing if that is not enough."""
@@ -215,7 +250,7 @@ class Leases:
             entries = [entry for _, entry in run]
             yield Load(
                 slots=np.asarray([slot for slot, _ in run], np.int32),
-                source=self._disk.read([entry.key for entry in entries]),
+                source=self._disk.read(entries),
                 entries=entries,
             )
             self._counters["pages_read"] += len(run)

@@ -126,16 +126,26 @@ def encode_page(
     layout: Layout, key: PageKey, token_ids: np.ndarray, payload: bytes
 ) -> bytes:
     """The object of a page whose layers, in order, are `payload`."""
-    assert len(payload) == layout.page_bytes, (len(payload), layout.page_bytes)
+    data = bytearray(payload_offset(layout)) + payload
+    seal_page(layout, key, token_ids, data)
+    return bytes(data)
+
+
+def seal_page(
+    layout: Layout, key: PageKey, token_ids: np.ndarray, data: bytearray
+) -> None:
+    """Writes the header of an object whose layers are in their place already."""
+    assert len(data) == object_bytes(layout), (len(data), object_bytes(layout))
     ids = np.zeros(layout.page_tokens, "<i4")
     ids[: len(token_ids)] = token_ids
+    payload = memoryview(data)[payload_offset(layout) :]
     checksums = np.fromiter(_checksums(layout, payload), "<u4")
     header = _FIXED.pack(
         _MAGIC, FORMAT_VERSION, len(token_ids), layout.page_tokens, layout.digest, key
     )
     header += ids.tobytes() + checksums.tobytes()
     header += struct.pack("<I", crc32c.crc32c(header))
-    return header.ljust(payload_offset(layout), b"\0") + payload
+    data[: len(header)] = header
 
 
 def decode_header(layout: Layout, key: PageKey, data: bytes) -> PageHeader:
@@ -157,6 +167,8 @@ def decode_header(layout: Layout, key: PageKey, data: bytes) -> PageHeader:
     end = _FIXED.size + 4 * (page_tokens + shape[0] * shape[1])
     if struct.unpack_from("<I", data, end)[0] != crc32c.crc32c(data[:end]):
         raise BadPage("header_checksum")
+    if any(data[end + 4 : payload_offset(layout)]):
+        raise BadPage("header_checksum")
     if found != key:
         raise BadPage("other_key")
     ids = np.frombuffer(data, "<i4", num_tokens, _FIXED.size)
@@ -167,15 +179,18 @@ def decode_header(layout: Layout, key: PageKey, data: bytes) -> PageHeader:
 
 
 def verify_layers(
-    layout: Layout, header: PageHeader, first_layer: int, payload: memoryview
+    layout: Layout,
+    header: PageHeader,
+    first_layer: int,
+    num_layers: int,
+    payload: memoryview,
 ) -> None:
     """Checks whole layers, `first_layer` and the following, against the header.
 
     Raises:
         BadPage: the bytes end early or differ from what was written.
     """
-    num_layers, rest = divmod(len(payload), layout.layer_bytes)
-    if rest or first_layer + num_layers > layout.num_layers:
+    if len(payload) != num_layers * layout.layer_bytes:
         raise BadPage("torn")
     expected = header.checksums[first_layer : first_layer + num_layers].reshape(-1)
     for checksum, found in zip(expected, _checksums(layout, payload), strict=True):

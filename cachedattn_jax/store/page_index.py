@@ -19,8 +19,24 @@ from cachedattn_jax.store.placement.tier import Tier
 if TYPE_CHECKING:
     from cachedattn_jax.store.fetcher import Arrival
 
-# Owner of pages found on disk at start-up until a session uses them: first to go.
-UNCLAIMED = ""
+
+def unclaimed(tenant: str) -> str:
+    """Owner of a tenant's pages found on disk until a session uses them: first to go.
+
+    Args:
+        tenant: its quoted name; no session has an empty one.
+    """
+    return f"{tenant}/"
+
+
+def is_unclaimed(session: str) -> bool:
+    """Whether no session has used its pages since the start."""
+    return session.endswith("/")
+
+
+def tenant_of(session: str) -> str:
+    """The quoted tenant of a session."""
+    return session.partition("/")[0]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -37,7 +53,8 @@ class PageEntry:
         arrival: the read that brings it from disk to host memory, if one does.
         is_writing: whether an object is being written.
         is_saving: whether it has left its slot and waits for room in host memory.
-        is_unwritable: whether writing it failed; it is not tried again.
+        write_again_s, read_again_s: when to try again after writing or reading it
+            failed, seconds of the monotonic clock.
         holds: running turns that use it; a held page stays where it is.
     """
 
@@ -51,7 +68,8 @@ class PageEntry:
     arrival: Arrival | None = None
     is_writing: bool = False
     is_saving: bool = False
-    is_unwritable: bool = False
+    write_again_s: float = 0.0
+    read_again_s: float = 0.0
     holds: int = 0
 
     def is_in(self, tier: Tier) -> bool:

@@ -252,7 +252,6 @@ class Saver:
         for row, entry in enumerate(run.entries):
             if not self._evictor.write(entry, slab.groups, row):
                 self._counters["pages_not_saved"] += 1
-        self._evictor.limit_writes()
 
     def _settle(self) -> None:
         while self._flights and self._flights[0].copy.has_ended:
@@ -268,6 +267,7 @@ class Saver:
                     self._evictor.leave_host(entry)
             return
         start_s, end_s = flight.copy.span
+        self._counters["us_device_to_host"] += int(1e6 * (end_s - start_s))
         details = {"bytes": flight.num_bytes, "turn": flight.turn}
         if flight.group is not None:
             details["group"] = flight.group

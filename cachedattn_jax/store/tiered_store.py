@@ -8,28 +8,40 @@ bytes.
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 
 import jax
 import numpy as np
 
 from cachedattn_jax.store.budget import StoreConfig
-from cachedattn_jax.store.catalog import Catalog, SessionRecord, session_key
+from cachedattn_jax.store.catalog import (
+    Catalog,
+    SessionRecord,
+    done_already,
+    session_key,
+)
 from cachedattn_jax.store.device_pool import DevicePool
 from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.evictor import Evictor
+from cachedattn_jax.store.faults import Faults
 from cachedattn_jax.store.fetcher import Fetcher
 from cachedattn_jax.store.host_tier import HostTier
+from cachedattn_jax.store.inventory import Inventory
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.lease import Lease
 from cachedattn_jax.store.leases import Leases
 from cachedattn_jax.store.link import Links
+from cachedattn_jax.store.object_names import remove_folders
 from cachedattn_jax.store.page import PageKey, Tail
-from cachedattn_jax.store.page_index import UNCLAIMED, PageIndex
+from cachedattn_jax.store.page_index import PageIndex, tenant_of
 from cachedattn_jax.store.placement.placement import Placement
 from cachedattn_jax.store.placement.tier import Tier
-from cachedattn_jax.store.root import Root
+from cachedattn_jax.store.root import CacheFolder, Root
+from cachedattn_jax.store.salts import read_salts
 from cachedattn_jax.store.saver import Saver
+from cachedattn_jax.store.stats import StoreStats, gather
+from cachedattn_jax.store.survey import Survey
 from cachedattn_jax.store.watcher import Watcher
 from cachedattn_jax.timeline import Timeline
 
@@ -38,6 +50,7 @@ class TieredStore:
     """Pages of all sessions in device, host and disk memory under three budgets.
 
     Attributes:
+        faults: what is injected below the device, for tests.
         watchers: of the compute stream and of both directions of copies, by name.
     """
 
@@ -58,9 +71,12 @@ class TieredStore:
         }
         self.pool = DevicePool(layout, config.num_slots(layout), device)
         self.host = HostTier(config.num_host_bytes)
-        self.root = Root(config.disk_root, layout) if config.disk_root else None
+        self.faults = Faults(config.io.faults) if config.io.faults else None
+        self.pool.faults = self.faults
+        self.salts = read_salts(config.tenant_secret_file)
+        self.root = self._open_root()
         self.disk = self._open_disk()
-        self.catalog = Catalog(self.root)
+        self.catalog = Catalog(self.root, self._presume)
         self.placement = Placement(
             config.placement,
             host_bytes=config.num_host_bytes,
@@ -68,9 +84,18 @@ class TieredStore:
             disk_bytes=self.disk.max_objects * layout.page_bytes if self.disk else 0,
         )
         self.index = PageIndex(self.placement, layout.page_bytes)
+        self._inventory = Inventory(
+            self.root, self.disk, self.index, layout, self.salts
+        )
         self.counters: Counter[str] = Counter()
         self._evictor = Evictor(
-            self.index, self.pool, self.host, self.disk, self.timeline, self.counters
+            self.index,
+            self.pool,
+            self.host,
+            self.disk,
+            self.timeline,
+            self.counters,
+            config.io.num_backlog_bytes,
         )
         self.saver = Saver(
             self.index,
@@ -93,13 +118,42 @@ class TieredStore:
             self.watchers["host-to-device"],
             self.counters,
         )
-        for key in self.disk.list() if self.disk else ():
-            entry = self.index.add(key, UNCLAIMED, None)
-            entry.on_disk = True
-            self.index.place(entry, Tier.DISK)
-        self.placement.closed(UNCLAIMED)
+        self._inventory.take_in()
+        self.survey = self._begin_survey()
         self._fetcher = Fetcher(
             self.index, self.pool, self.host, self.disk, self._evictor, self.counters
+        )
+
+    def _open_root(self) -> Root | None:
+        config = self.config
+        if not config.disk_root:
+            return None
+        cache = None
+        if config.cache_root and config.num_cache_bytes:
+            cache = CacheFolder(config.cache_root, config.num_cache_bytes)
+        return Root(
+            config.disk_root,
+            self.layout,
+            config.io,
+            self.salts,
+            faults=self.faults,
+            cache=cache,
+        )
+
+    def _presume(self, record: SessionRecord) -> None:
+        self._inventory.presume(record)
+
+    def _begin_survey(self) -> Survey | None:
+        if self.root is None or self.disk is None or not self.disk.num_objects:
+            return None
+        return Survey(
+            self.root,
+            self.layout,
+            self.salts,
+            self.catalog.sessions(),
+            self.index,
+            self._evictor,
+            self.counters,
         )
 
     def _open_disk(self) -> DiskTier | None:
@@ -134,7 +188,7 @@ class TieredStore:
         tail: Tail | None,
         record: SessionRecord,
         turn: str = "",
-    ) -> int:
+    ) -> "tuple[int, Future[None]]":
         """Ends a turn well: pages findable and saved, then the record, then the old
         tail.
 
@@ -143,7 +197,8 @@ class TieredStore:
             tail: its partly filled last page.
 
         Returns:
-            How many pages will leave the device for that.
+            How many pages will leave the device for that, and when the record is
+            stored; see `Catalog.commit`.
         """
         self.leases.publish(lease, keys, record.token_ids)
         old_tail = self.leases.tails.pop(lease.session, None)
@@ -161,19 +216,22 @@ class TieredStore:
             self.saver.save_queued(turn)
         if self.config.is_saving_synchronous:
             self.saver.drain()
-        self.catalog.commit(record)
+        stored = self.catalog.commit(record)
         if old_tail is not None and (tail is None or old_tail.key != tail.key):
             self._evictor.retire(old_tail)
-        return num_asked
+        return num_asked, stored
 
     def poll(self) -> None:
         """Notes finished copies and does in the background what placement wants."""
         self.saver.poll()
         self._fetcher.poll()
+        self.catalog.poll()
+        if self.survey is not None:
+            self.survey.poll()
         self._evictor.settle_writes()
         now = time.monotonic()
         for standing in self.placement.expired(now):
-            self._evictor.drop(str(standing.session))
+            self._evictor.drop(str(standing.session), "ttl")
         for standing, tier, at_most in self.placement.over_quota(now):
             self._evictor.shrink(str(standing.session), tier, at_most)
         self._evictor.keep_reserve()
@@ -212,6 +270,18 @@ class TieredStore:
             self.index.unplace(entry, Tier.DEVICE)
         self.pool.rebuild()
 
+    def stats(self) -> StoreStats:
+        """What is here now, and what has happened since the start."""
+        return gather(
+            self.pool,
+            self.host,
+            self.disk,
+            self.root,
+            self.index,
+            self.catalog,
+            self.counters,
+        )
+
     def empty(self, tier: Tier) -> None:
         """Moves every page that no turn holds out of a tier, downwards if it fits."""
         if tier is Tier.DEVICE:
@@ -232,19 +302,45 @@ class TieredStore:
         token_ids = record.token_ids[:num_tokens]
         self.catalog.commit(replace(record, token_ids=token_ids, page_keys=keys))
 
-    def forget_session(self, tenant: str, session_id: str) -> None:
-        """Forgets a session's record and the pages it answers for; none may be held."""
+    def forget_session(self, tenant: str, session_id: str) -> "Future[None]":
+        """Forgets a session's record and the pages it answers for; none may be held.
+
+        The future ends when the record is gone for good.
+        """
         session = session_key(tenant, session_id)
-        self.catalog.remove(tenant, session_id)
+        removed = self.catalog.remove(tenant, session_id)
+        self._forget_pages(session)
+        return removed
+
+    def _forget_pages(self, session: str) -> None:
         self.leases.tails.pop(session, None)
-        self._evictor.drop(session)
+        self._evictor.drop(session, "forgotten")
         self.placement.forgot(session)
+
+    def erase_tenant(self, tenant: str) -> "Future[None]":
+        """Erases all that is known of a tenant, none of whose turns may be under way.
+
+        The future ends when nothing of it is stored any more, and fails with
+        StorageFailure when that could not be reached.
+        """
+        self.saver.drain()
+        self._evictor.settle_all()
+        for name in self.catalog.sessions(tenant):
+            self.forget_session(*name)
+        folder = tenant_of(session_key(tenant, "-"))
+        for session in list(map(str, self.placement.standings)):
+            if tenant_of(session) == folder:
+                self._forget_pages(session)
+        if self.root is None:
+            return done_already()
+        return self.root.submit_in_order(remove_folders, self.root, folder)
 
     def close(self) -> None:
         """Writes what only memory holds to disk, as far as it fits; stops threads."""
         self.saver.save_now(list(self.index.in_tier(Tier.DEVICE)))
         self.saver.drain()
         self._evictor.drain()
+        self.catalog.close()
         if self.root:
             self.root.close()
         for watcher in self.watchers.values():

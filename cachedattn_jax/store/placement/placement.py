@@ -86,6 +86,10 @@ class Placement:
 
     # ---- what happens to conversations ----
 
+    def known(self, session: Session, tenant: str) -> None:
+        """A session of the tenant has pages here, or will have."""
+        self._standing(session, tenant)
+
     def queued(
         self, session: Session, ticket: int, now: float, tenant: str = ""
     ) -> None:

@@ -1,0 +1,168 @@
+"""A key-value store whose operations end: in time, or as a failure with a reason.
+
+Knows time-outs, breakers and counters. Does not know what the objects are.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import tensorstore as ts
+
+from cachedattn_jax.store.breaker import Breaker
+
+# Listing reads whole folders; it is done at start-up and by people.
+_LIST_PATIENCE = 30
+# Operations count as slow from this share of the time-out on.
+_SLOW = 0.05
+
+# Status of TensorStore, and the reason that counters show. Order matters.
+_REASONS = (
+    ("OUT_OF_RANGE", "torn"),
+    ("PERMISSION_DENIED", "permission"),
+    ("RESOURCE_EXHAUSTED", "disk_full"),
+)
+
+
+class StorageFailure(Exception):
+    """An operation that did not work; `reason` is a word for counters."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+class Operation:
+    """An operation under way; `result` waits for it, at most until its time is over."""
+
+    def __init__(
+        self, guard: "Guard", name: str, breaker: Breaker, start: Callable[[], Any]
+    ) -> None:
+        self._guard = guard
+        self._name = name
+        self._breaker = breaker
+        self._started_s = time.monotonic()
+        self._failure: StorageFailure | None = None
+        self._future: Any = None
+        if breaker.is_open:
+            self._failure = StorageFailure("breaker_open")
+            return
+        try:
+            self._future = start()
+        except (ValueError, OSError) as error:
+            self._failure = self._failed(error)
+
+    def result(self) -> Any:
+        """What came of it.
+
+        Raises:
+            StorageFailure: it failed, took too long, or was not tried.
+        """
+        if self._failure is None:
+            try:
+                left_s = self._started_s + self._guard.timeout_s - time.monotonic()
+                found = self._future.result(max(0.0, left_s))
+            except (ValueError, OSError) as error:  # TimeoutError is an OSError
+                self._failure = self._failed(error)
+        self._guard.note(self._name, self._started_s, self._failure)
+        if self._failure is not None:
+            raise self._failure
+        self._breaker.succeeded()
+        return found
+
+    def _failed(self, error: Exception) -> StorageFailure:
+        if isinstance(error, TimeoutError):
+            if self._future is not None:
+                self._future.cancel()
+            failure = StorageFailure("timeout", f"{self._guard.timeout_s} s")
+        else:
+            text = str(error).strip().splitlines()[0] if str(error) else ""
+            reason = next((r for s, r in _REASONS if s in text), "io_error")
+            failure = StorageFailure(reason, text)
+        if failure.reason == "torn":  # the store is well, the object is not
+            self._breaker.succeeded()
+        else:
+            self._breaker.failed()
+        return failure
+
+
+class Guard:
+    """Reads, writes and lists under time-outs and two breakers.
+
+    Attributes:
+        counters: operations, failures by reason, microseconds and bytes.
+        reading, writing: the breakers.
+    """
+
+    def __init__(
+        self, kv: Any, *, timeout_s: float, reading: Breaker, writing: Breaker
+    ) -> None:
+        self.timeout_s = timeout_s
+        self.reading = reading
+        self.writing = writing
+        self.counters: Counter[str] = Counter()
+        self._kv = kv
+        self._lock = threading.Lock()
+
+    def read(
+        self,
+        key: str,
+        byte_range: slice | None = None,
+        if_not_equal: bytes | None = None,
+    ) -> Operation:
+        """Starts to read an object, or a part of it."""
+        options: dict[str, Any] = {}
+        if byte_range is not None:
+            options["byte_range"] = byte_range
+        if if_not_equal is not None:
+            options["if_not_equal"] = if_not_equal
+        return Operation(
+            self, "read", self.reading, lambda: self._kv.read(key, **options)
+        )
+
+    def write(
+        self, key: str, value: bytes | bytearray | None, if_equal: bytes | None = None
+    ) -> Operation:
+        """Starts to write an object whole, or with None to delete it.
+
+        Args:
+            if_equal: only if the object is of this generation still.
+        """
+        options = {} if if_equal is None else {"if_equal": if_equal}
+        return Operation(
+            self, "write", self.writing, lambda: self._kv.write(key, value, **options)
+        )
+
+    def list(self, prefix: str) -> Iterable[str]:
+        """Names under a folder, without the folder; reads no object.
+
+        Raises:
+            StorageFailure: they cannot be listed.
+        """
+        # "0" is the character after "/".
+        keys = ts.KvStore.KeyRange(prefix, prefix.removesuffix("/") + "0")
+        try:
+            names = self._kv.list(keys, strip_prefix_length=len(prefix)).result(
+                _LIST_PATIENCE * self.timeout_s
+            )
+        except (ValueError, OSError) as error:
+            raise StorageFailure("list_failed", str(error)) from error
+        return (name.decode() for name in names)
+
+    def count(self, name: str) -> None:
+        """Counts an event; from any thread."""
+        with self._lock:
+            self.counters[name] += 1
+
+    def note(self, name: str, started_s: float, failure: StorageFailure | None) -> None:
+        """Counts an operation that has ended."""
+        taken_us = int(1e6 * (time.monotonic() - started_s))
+        with self._lock:
+            self.counters[f"{name}_operations"] += 1
+            self.counters[f"{name}_us"] += taken_us
+            if taken_us > 1e6 * _SLOW * self.timeout_s:
+                self.counters[f"{name}_slow"] += 1
+            if failure is not None:
+                self.counters[f"{name}_failed_{failure.reason}"] += 1
