@@ -226,8 +226,7 @@ def bytes_per_idle(policy: str, num_sessions: int = 20_000) -> float:
         now = float(session)
         placement.queued(session, session + 1, now)
         pages = store.pages(session)
-        placement.unqueued(session, session + 1, now)
-        placement.started(session, now)
+        placement.started(session, session + 1, now)
         pages.num_tokens = 1000
         store.save(pages, (1 << 16) - 1, now)
         placement.ended(
