@@ -41,8 +41,7 @@ def serve(
 ) -> None:
     """One turn, at once, which leaves bytes in a tier."""
     placement.queued(session, ticket, now)
-    placement.unqueued(session, ticket, now)
-    placement.started(session, now)
+    placement.started(session, ticket, now)
     placement.resized(session, tier, num_bytes)
     if ends:
         ended = {"num_turns": 1, "num_tokens": 10, "kv_bytes": num_bytes, **ended}
@@ -61,8 +60,7 @@ def figure_9(policy: str = "lookahead") -> Placement:
         placement.on_disk_only(job, 1)
     for job in range(1, 10):
         placement.queued(job, 9 + job, now=20.0)
-    placement.unqueued(1, 10, 20.0)
-    placement.started(1, 20.0)
+    placement.started(1, 10, 20.0)
     return placement
 
 
@@ -232,8 +230,7 @@ def test_a_tenant_over_its_quota_gives_up_its_own_closed_ones_first():
     placement = placed("lru", quotas={"small": 3})
     for ticket, session in enumerate("abcde"):
         placement.queued(session, ticket, 0.0, "big" if session == "a" else "small")
-        placement.unqueued(session, ticket, 0.0)
-        placement.started(session, 0.0)
+        placement.started(session, ticket, 0.0)
         placement.resized(session, Tier.HOST, 1)
         placement.ended(session, float(ticket), num_turns=1, num_tokens=1, kv_bytes=1)
     placement.closed("d")
@@ -279,8 +276,7 @@ def returning(
             for turn in (1, 2):
                 ticket += 1
                 placement.queued(session, ticket, now, tenant)
-                placement.unqueued(session, ticket, now)
-                placement.started(session, now)
+                placement.started(session, ticket, now)
                 placement.resized(session, Tier.HOST, 1)
                 placement.ended(session, now, num_turns=turn, num_tokens=9, kv_bytes=1)
                 now += mean * rng.uniform(0.8, 1.2) if turn == 1 else 0.0
@@ -295,8 +291,7 @@ def test_predictive_learns_who_comes_back_soon():
     for ticket, tenant in enumerate(("slow", "fast", "slow", "fast"), start=10**6):
         session = f"{tenant}-{ticket}"
         placement.queued(session, ticket, now, tenant)
-        placement.unqueued(session, ticket, now)
-        placement.started(session, now)
+        placement.started(session, ticket, now)
         placement.resized(session, Tier.HOST, 1)
         placement.ended(session, now, num_turns=1, num_tokens=9, kv_bytes=1)
     order = names(placement.victims(Tier.HOST, now + 1.0))
@@ -373,10 +368,13 @@ class Pair:
             case "queue":
                 self.queue(name)
             case "cancel" if one and one.tickets:
-                self.leave(name, one.tickets[number % len(one.tickets)])
+                ticket = one.tickets[number % len(one.tickets)]
+                self.real.unqueued(name, ticket, self.now)
+                self.leave(name, ticket)
             case "start" if one and one.tickets and not one.running:
-                self.leave(name, one.tickets[0])
-                self.real.started(name, self.now)
+                ticket = one.tickets[0]
+                self.real.started(name, ticket, self.now)
+                self.leave(name, ticket)
                 self.naive.change(name, "", lambda o: setattr(o, "running", 1))
                 one.used, one.idle_since = self.now, None
             case "end" if one and one.running:
@@ -410,7 +408,6 @@ class Pair:
         self.naive.queue[self.ticket] = self.naive.known[name]
 
     def leave(self, name: str, ticket: int) -> None:
-        self.real.unqueued(name, ticket, self.now)
         one = self.naive.known[name]
         # A policy that looks ahead sees the session idle between two waiting turns.
         self.naive.change(name, "", lambda o: o.tickets.remove(ticket))

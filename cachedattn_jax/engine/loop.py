@@ -190,8 +190,7 @@ class Loop:
         ticket = self._scheduler.ticket(turn)
         assert ticket is not None
         self._scheduler.start(turn)
-        self._store.placement.unqueued(turn.session, ticket, job.started_s)
-        self._store.placement.started(turn.session, job.started_s)
+        self._store.placement.started(turn.session, ticket, job.started_s)
         del self._staging.jobs[turn]
         self._running.start(job)
         with self._ending.guard([job]):

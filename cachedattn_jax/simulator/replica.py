@@ -181,8 +181,7 @@ class Replica:
         pages = store.sessions[turn.session]
         start_s = self.clock
         self.scheduler.start(turn)
-        self.placement.unqueued(turn.session, turn.ticket, start_s)
-        self.placement.started(turn.session, start_s)
+        self.placement.started(turn.session, turn.ticket, start_s)
         tokens_from = self._tokens_from(turn, pages)
         cached = sum(tokens_from)
         seconds, stall_s = self._prefill_seconds(turn, pages, cached)

@@ -5,44 +5,21 @@ comes from outside, so that a simulator can ask the same questions. Sections 3.3
 3.3.2 of the paper.
 """
 
-import math
-from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from itertools import chain
-
-from sortedcontainers import SortedDict
 
 from cachedattn_jax.store.placement.placement_config import PlacementConfig
 from cachedattn_jax.store.placement.policies import policy
 from cachedattn_jax.store.placement.policy import Policy
 from cachedattn_jax.store.placement.recency import LRU
+from cachedattn_jax.store.placement.rests import Rests
+from cachedattn_jax.store.placement.room import Room
 from cachedattn_jax.store.placement.standing import Session, Standing
+from cachedattn_jax.store.placement.tenants import Tenants
 from cachedattn_jax.store.placement.tier import Tier
+from cachedattn_jax.store.placement.waiting_turns import WaitingTurns
 
 Move = tuple[str, Session, int]
-
-
-@dataclass(eq=False, kw_only=True)
-class _Tenant:
-    """A tenant with a quota.
-
-    Attributes:
-        num_bytes: below the device.
-        policy, closed: the order among its own sessions.
-    """
-
-    quota: int
-    policy: Policy
-    closed: LRU = field(default_factory=LRU)
-    num_bytes: int = 0
-
-    @property
-    def excess(self) -> int:
-        return self.num_bytes - self.quota
-
-    def victims(self, tier: Tier, now: float) -> Iterator[Standing]:
-        return chain(self.closed.victims(tier, now), self.policy.victims(tier, now))
 
 
 class Placement:
@@ -62,27 +39,24 @@ class Placement:
         self.config = config
         self.standings: dict[Session, Standing] = {}
         self.moves: list[Move] | None = None
-        self.reserve_bytes = int(config.host_reserve * host_bytes)
-        self._is_refilling = False
-        self._host_bytes = host_bytes
-        self._disk_bytes = disk_bytes
+        self._room = Room(
+            config.host_reserve, host_bytes=host_bytes, disk_bytes=disk_bytes
+        )
+        self._queue = WaitingTurns()
+        self._rests = Rests(config.ttl_s)
+        self._tenants = Tenants(config)
         self._policy = policy(config.policy, config.token_weight)
         # Closed sessions go before all others, pinned ones after them.
         self._closed, self._pinned = LRU(), LRU()
-        self._tenants: dict[str, _Tenant] = {}
-        # Idle sessions, with the time since when they are, if that is ever asked for.
-        self._has_ttl = config.ttl_s is not None
-        self._resting: OrderedDict[Standing, float] = OrderedDict()
-        # Waiting turns by ticket: all, and the first of sessions with pages to fetch.
-        self._queue: SortedDict = SortedDict()
-        self._to_fetch: SortedDict = SortedDict()
         self._num_born = 0
         self._num_entries = 0
         # A dictionary for each session, which one policy only asks for.
         self._notes_entries = config.policy == "fifo"
-        self._running_host_bytes = 0
-        self._stored_kv_bytes = 0
-        self._num_stored = 0
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Host memory that is kept free in the background."""
+        return self._room.reserve_bytes
 
     # ---- what happens to conversations ----
 
@@ -101,24 +75,20 @@ class Placement:
         if standing.is_closed:
             self._mark(standing, is_closed=False)
         if standing.is_idle:
-            self._resting.pop(standing, None)
+            self._rests.end(standing)
             if standing.num_turns:
-                for policy in self._policies(standing):
-                    policy.returned(standing, now)
-        self._queue[ticket] = standing
-        standing.tickets = (*standing.tickets, ticket)
-        if standing.tickets[0] == ticket:
+                for order in self._policies(standing):
+                    order.returned(standing, now)
+        if self._queue.add(standing, ticket):
             self._announce(standing)
 
     def unqueued(self, session: Session, ticket: int, now: float) -> None:
-        """The turn with this ticket left the queue, to run or not."""
+        """The turn with this ticket left the queue, and will not run."""
         standing = self.standings[session]
-        del self._queue[ticket]
-        rest = tuple(other for other in standing.tickets if other != ticket)
+        rest = self._queue.remove(standing, ticket)
         if standing.tickets[0] != ticket:
             standing.tickets = rest
             return
-        self._to_fetch.pop(ticket, None)
         if standing.is_closed and not rest:  # from now on it is the first to go
             self._withdraw(standing)
             standing.tickets = ()
@@ -131,18 +101,21 @@ class Placement:
         if rest:
             self._announce(standing)
         elif standing.is_idle:
-            if self._has_ttl:
-                self._resting[standing] = now
+            self._rests.begin(standing, now)
 
-    def started(self, session: Session, now: float) -> None:
-        """A turn of the session, which has left the queue, runs from now on."""
+    def started(self, session: Session, ticket: int, now: float) -> None:
+        """The turn with this ticket left the queue and runs from now on."""
         standing = self.standings[session]
-        self._resting.pop(standing, None)
+        rest = self._queue.remove(standing, ticket)
+        is_first = standing.tickets[0] == ticket
         self._withdraw(standing)
+        standing.tickets = rest
+        if is_first and rest:
+            self._queue.note_fetch(standing)
         standing.num_running += 1
         standing.used_at = now
         if standing.num_running == 1:
-            self._running_host_bytes += standing.num_bytes.get(Tier.HOST, 0)
+            self._room.running_host_bytes += standing.num_bytes.get(Tier.HOST, 0)
 
     def ended(
         self,
@@ -163,19 +136,18 @@ class Placement:
         standing = self.standings[session]
         standing.num_running -= 1
         if standing.num_running == 0:
-            self._running_host_bytes -= standing.num_bytes.get(Tier.HOST, 0)
+            self._room.running_host_bytes -= standing.num_bytes.get(Tier.HOST, 0)
         if _is_stored(standing):
-            self._stored_kv_bytes += kv_bytes - standing.kv_bytes
+            self._room.stored_kv_bytes += kv_bytes - standing.kv_bytes
         standing.num_turns, standing.num_tokens = num_turns, num_tokens
-        standing.kv_bytes = kv_bytes
+        standing.kv_bytes, standing.kind = kv_bytes, None
         standing.used_at, standing.returns_at = now, returns_at
         self._restore(standing)
         if standing.is_idle:
-            if self._has_ttl:
-                self._resting[standing] = now
+            self._rests.begin(standing, now)
             if not standing.is_closed:
-                for policy in self._policies(standing):
-                    policy.rested(standing, now)
+                for order in self._policies(standing):
+                    order.rested(standing, now)
 
     def closed(self, session: Session) -> None:
         """The conversation is over: what is stored of it goes before all else.
@@ -185,8 +157,8 @@ class Placement:
         standing = self.standings.get(session)
         if standing is not None and not standing.is_closed:
             self._mark(standing, is_closed=True)
-            for policy in self._policies(standing):
-                policy.closed(standing)
+            for order in self._policies(standing):
+                order.closed(standing)
 
     def pinned(self, session: Session, is_pinned: bool, tenant: str = "") -> None:
         """The session's pages stay below the device, or may go again.
@@ -197,51 +169,46 @@ class Placement:
         if standing.is_pinned == is_pinned:
             return
         self._mark(standing, is_pinned=is_pinned)
-        is_waiting = standing.is_idle and standing.num_turns
-        if self._has_ttl and not is_pinned and is_waiting:
-            # Its time was over while it could not go.
-            self._resting.setdefault(standing, standing.used_at)
-            self._resting.move_to_end(standing, last=False)
+        if not is_pinned and standing.is_idle and standing.num_turns:
+            self._rests.resume(standing)
 
     def forgot(self, session: Session) -> None:
         """The session is never heard of again; what is stored still counts as its."""
         standing = self.standings.get(session)
         if standing is None or standing.num_bytes or not standing.is_idle:
             return
-        self._resting.pop(standing, None)
+        self._rests.end(standing)
         del self.standings[session]
 
     # ---- where its pages are ----
 
     def resized(self, session: Session, tier: Tier, num_bytes: int) -> None:
         """The session has so many bytes in a tier now."""
-        standing = self._standing(session, "")
+        standing = self.standings.get(session) or self._standing(session, "")
         held = standing.num_bytes
         before = held.get(tier, 0)
         if num_bytes == before:
             return
-        was_stored = _is_stored(standing)
         if num_bytes and before:
             held[tier] = num_bytes
-        elif num_bytes:
-            self._num_entries += 1
-            held[tier] = num_bytes
-            if self._notes_entries:
-                standing.entered[tier] = self._num_entries
-            self._enter(standing, tier)
         else:
-            self._leave(standing, tier)
-            del held[tier]
-            standing.entered.pop(tier, None)
-        if tier is not Tier.DEVICE:
-            self._account(standing, tier, num_bytes - before, was_stored)
+            self._crossed(standing, tier, num_bytes)
+        if tier is Tier.DEVICE:
+            return
+        tenant = self._tenants.find(standing.tenant) if self._tenants else None
+        if tenant is not None:
+            tenant.num_bytes += num_bytes - before
+        if standing.num_running and tier is Tier.HOST:
+            self._room.running_host_bytes += num_bytes - before
 
     def on_disk_only(self, session: Session, num_bytes: int) -> None:
         """So many bytes of the session are on disk and nowhere else."""
-        standing = self._standing(session, "")
+        standing = self.standings.get(session) or self._standing(session, "")
+        if standing.disk_only_bytes == num_bytes:
+            return
         standing.disk_only_bytes = num_bytes
         if standing.tickets:
-            self._note_fetch(standing)
+            self._queue.note_fetch(standing)
 
     def moved(self, what: str, session: Session, num_pages: int) -> None:
         """The store moved pages of a session."""
@@ -251,17 +218,8 @@ class Placement:
     # ---- decisions ----
 
     def wanted_free_bytes(self, free_bytes: int) -> int:
-        """How much host memory the background should make free, of which so much is.
-
-        The reserve; once it is touched a quarter more, so that pages leave in runs and
-        not one by one at every step.
-        """
-        refilled_bytes = self.reserve_bytes + self.reserve_bytes // 4
-        if free_bytes < self.reserve_bytes:
-            self._is_refilling = True
-        elif free_bytes >= refilled_bytes:
-            self._is_refilling = False
-        return refilled_bytes if self._is_refilling else self.reserve_bytes
+        """How much host memory the background should make free; see `Room`."""
+        return self._room.wanted_free_bytes(free_bytes)
 
     def victims(
         self, tier: Tier, now: float, *, spares_next: bool = False
@@ -277,83 +235,73 @@ class Placement:
                 the policy. On disk those in the eviction window always are, for
                 policies that look ahead.
         """
-        yield from self._closed.victims(tier, now)
         first: int | float = 0
         if tier is Tier.DISK:
-            room = self._prefetchable_bytes + self._disk_bytes
-            first = self._ticket_behind(room)
+            first = self._queue.ticket_behind(self._room.eviction_window)
         elif spares_next:
-            first = self._ticket_behind(self._prefetchable_bytes)
+            first = self._queue.ticket_behind(self._room.prefetch_window)
         # What is fetched must not leave again for what is fetched next.
         is_sparing = spares_next and self.config.is_prefetching
-        is_sparing = is_sparing and tier is not Tier.DISK
-        given: set[Standing] = set()
-        for tenant in self._over_quota():
-            for standing in tenant.policy.victims(tier, now):
-                if not (is_sparing and _is_before(standing, first)):
-                    given.add(standing)
-                    yield standing
-        for standing in self._policy.victims(tier, now, first):
-            if not (standing in given or (is_sparing and _is_before(standing, first))):
-                yield standing
+        spared_until = first if is_sparing and tier is not Tier.DISK else 0
+        if self._tenants:
+            chosen = self._by_tenant(tier, now, first, spared_until)
+        else:
+            chosen = self._policy.victims(tier, now, first)
+            if spared_until:
+                chosen = (s for s in chosen if not _is_before(s, spared_until))
+        closed = self._closed.victims(tier, now)
         if tier is Tier.DEVICE:
-            yield from self._pinned.victims(tier, now)
+            return chain(closed, chosen, self._pinned.victims(tier, now))
+        return chain(closed, chosen)
 
-    def to_fetch(self) -> Iterator[Standing]:
+    def to_fetch(self) -> Iterable[Standing]:
         """Sessions in the prefetch window that have pages on disk only, next first.
 
         The window is C_mem / S_kv waiting turns, section 3.3.1. Lazy, as `victims`.
         """
-        if not self.config.is_prefetching or not self._to_fetch:
-            return
-        end = self._ticket_behind(self._prefetchable_bytes)
-        for ticket, standing in self._to_fetch.items():
-            if ticket >= end:
-                return
-            yield standing
+        if not (self.config.is_prefetching and self._queue.has_fetches):
+            return ()
+        end = self._queue.ticket_behind(self._room.prefetch_window)
+        return self._queue.to_fetch(end)
 
     def expired(self, now: float) -> list[Standing]:
         """Idle sessions whose time to live is over, the longest idle first.
 
         Each is told once: all that is stored of them has to go.
         """
-        found: list[Standing] = []
-        ttl_s = self.config.ttl_s
-        while ttl_s is not None and self._resting:
-            standing, since = next(iter(self._resting.items()))
-            if since + ttl_s > now:
-                break
-            del self._resting[standing]
-            if standing.num_bytes and not standing.is_pinned:
-                found.append(standing)
-        return found
+        expired = self._rests.expired(now)
+        return [s for s in expired if s.num_bytes and not s.is_pinned]
 
-    def over_quota(self, now: float) -> Iterator[tuple[Standing, Tier, int]]:
+    def over_quota(self, now: float) -> Iterable[tuple[Standing, Tier, int]]:
         """Where tenants that hold too much give up bytes, and at most how many.
 
         What is given up is reported before the next is asked for.
         """
-        for tenant in list(self._over_quota()):
+        return self._excesses(now) if self._tenants else ()
+
+    # ---- parts ----
+
+    def _by_tenant(
+        self, tier: Tier, now: float, first: int | float, spared_until: int | float
+    ) -> Iterator[Standing]:
+        """The policy's order, behind sessions of tenants over their quota."""
+        given: set[Standing] = set()
+        for tenant in self._tenants.over_quota():
+            for standing in tenant.policy.victims(tier, now):
+                if not _is_before(standing, spared_until):
+                    given.add(standing)
+                    yield standing
+        for standing in self._policy.victims(tier, now, first):
+            if not (standing in given or _is_before(standing, spared_until)):
+                yield standing
+
+    def _excesses(self, now: float) -> Iterator[tuple[Standing, Tier, int]]:
+        for tenant in list(self._tenants.over_quota()):
             for tier in (Tier.DISK, Tier.HOST):
                 for standing in list(tenant.victims(tier, now)):
                     if tenant.excess <= 0:
                         break
                     yield standing, tier, tenant.excess
-
-    # ---- parts ----
-
-    @property
-    def _prefetchable_bytes(self) -> int:
-        """C_mem, the memory that fetches may use."""
-        return max(0, self._host_bytes - self.reserve_bytes - self._running_host_bytes)
-
-    def _ticket_behind(self, num_bytes: int) -> int | float:
-        """The first waiting turn behind those whose sessions fill so many bytes."""
-        mean = self._stored_kv_bytes / max(1, self._num_stored)
-        window = int(num_bytes / max(1.0, mean))
-        if window >= len(self._queue):
-            return math.inf
-        return self._queue.keys()[window]
 
     def _standing(self, session: Session, tenant: str) -> Standing:
         standing = self.standings.get(session)
@@ -361,15 +309,12 @@ class Placement:
             self._num_born += 1
             standing = Standing(session, self._num_born, tenant)
             self.standings[session] = standing
-            quota = self.config.quota(tenant)
-            if quota is not None and tenant not in self._tenants:
-                order = policy(self.config.policy, self.config.token_weight)
-                self._tenants[tenant] = _Tenant(quota=quota, policy=order)
+            self._tenants.meet(tenant)
         return standing
 
     def _policies(self, standing: Standing) -> tuple[Policy, ...]:
         """Those that learn from what a session does."""
-        own = self._tenants.get(standing.tenant) if self._tenants else None
+        own = self._tenants.find(standing.tenant) if self._tenants else None
         return (self._policy,) if own is None else (self._policy, own.policy)
 
     def _orders(self, standing: Standing) -> tuple[Policy, ...]:
@@ -379,21 +324,14 @@ class Placement:
         if standing.is_pinned:
             return (self._pinned,)
         if standing.is_closed and not standing.tickets:
-            own = self._tenants.get(standing.tenant)
+            own = self._tenants.find(standing.tenant)
             return (self._closed,) if own is None else (self._closed, own.closed)
         return self._policies(standing)
 
     def _announce(self, standing: Standing) -> None:
         for order in self._orders(standing):
             order.queued(standing)
-        self._note_fetch(standing)
-
-    def _note_fetch(self, standing: Standing) -> None:
-        ticket = standing.tickets[0]
-        if standing.disk_only_bytes:
-            self._to_fetch[ticket] = standing
-        else:
-            self._to_fetch.pop(ticket, None)
+        self._queue.note_fetch(standing)
 
     def _mark(self, standing: Standing, **marks: bool) -> None:
         self._withdraw(standing)
@@ -402,35 +340,33 @@ class Placement:
         self._restore(standing)
 
     def _withdraw(self, standing: Standing) -> None:
-        for tier in standing.num_bytes:
-            self._leave(standing, tier)
+        for order in self._orders(standing):
+            for tier in standing.num_bytes:
+                order.left(standing, tier)
 
     def _restore(self, standing: Standing) -> None:
-        for tier in standing.num_bytes:
-            self._enter(standing, tier)
-
-    def _enter(self, standing: Standing, tier: Tier) -> None:
         for order in self._orders(standing):
-            order.entered(standing, tier)
+            for tier in standing.num_bytes:
+                order.entered(standing, tier)
 
-    def _leave(self, standing: Standing, tier: Tier) -> None:
-        for order in self._orders(standing):
-            order.left(standing, tier)
-
-    def _account(
-        self, standing: Standing, tier: Tier, num_more: int, was_stored: bool
-    ) -> None:
-        is_stored = _is_stored(standing)
-        if is_stored != was_stored:
-            self._num_stored += 1 if is_stored else -1
-            self._stored_kv_bytes += standing.kv_bytes * (1 if is_stored else -1)
-        if self._tenants and standing.tenant in self._tenants:
-            self._tenants[standing.tenant].num_bytes += num_more
-        if tier is Tier.HOST and standing.num_running:
-            self._running_host_bytes += num_more
-
-    def _over_quota(self) -> Iterator[_Tenant]:
-        return (tenant for tenant in self._tenants.values() if tenant.excess > 0)
+    def _crossed(self, standing: Standing, tier: Tier, num_bytes: int) -> None:
+        """The session came into a tier, or left it."""
+        held, was_stored = standing.num_bytes, _is_stored(standing)
+        if num_bytes:
+            held[tier] = num_bytes
+            self._num_entries += 1
+            if self._notes_entries:
+                standing.entered[tier] = self._num_entries
+            for order in self._orders(standing):
+                order.entered(standing, tier)
+        else:
+            for order in self._orders(standing):
+                order.left(standing, tier)
+            del held[tier]
+            standing.entered.pop(tier, None)
+        num_more = _is_stored(standing) - was_stored
+        self._room.num_stored += num_more
+        self._room.stored_kv_bytes += num_more * standing.kv_bytes
 
 
 def _is_before(standing: Standing, ticket: int | float) -> bool:

@@ -33,7 +33,8 @@ _RANK_AGAIN = 0.02
 # And not more of them for each event than this.
 _RANKED_PER_EVENT = 4
 
-_ClassKey = tuple[str, int, int]
+# Tenant, and finished turns with size: see `_kind`.
+_ClassKey = tuple[str, int]
 
 
 @dataclass(eq=False)
@@ -42,7 +43,7 @@ class _Class:
 
     Attributes:
         number: its place among the classes.
-        turns: of `_TURNS`.
+        turns: class of its finished turns.
         ranked: by tier in whose ranking it stands, the value that it stands there by.
         rates: by bin of the idle time, returns per second of being held.
         rises: whether a fresh conversation can be worth less than an older one.
@@ -213,19 +214,18 @@ class BestValue(Policy):
         return value, False, standing
 
     def _class(self, standing: Standing) -> _Class:
-        turns = max(0, standing.num_turns - 1).bit_length()
-        turns = min(turns, _NUM_TURN_CLASSES - 1)
-        size = int(math.log(max(1, standing.num_tokens)) * _PER_LOG_SIZE)
-        tenant = standing.tenant
+        kind, tenant = standing.kind, standing.tenant
+        if kind is None:
+            kind = standing.kind = _kind(standing)
         if tenant not in self._tenants:
             if len(self._tenants) < _MAX_TENANTS:
                 self._tenants.add(tenant)
             else:
                 tenant = ""
-        key = tenant, turns, size
-        found = self._classes.get(key)
+        found = self._classes.get((tenant, kind))
         if found is None:
-            found = self._classes[key] = _Class(len(self._classes), turns)
+            number, turns = len(self._classes), kind % _NUM_TURN_CLASSES
+            found = self._classes[tenant, kind] = _Class(number, turns)
             found.worth = self._first_worth
             self._next_refresh = self._num_events
         return found
@@ -245,3 +245,12 @@ class BestValue(Policy):
         self._next_refresh = self._num_events + max(
             _FIRST_REFRESH, int(_REFRESH * min(self._num_events, 20_000))
         )
+
+
+def _kind(standing: Standing) -> int:
+    """Finished turns and size as one number; the turns are what is left of a division
+    by their classes.
+    """
+    turns = min(max(0, standing.num_turns - 1).bit_length(), _NUM_TURN_CLASSES - 1)
+    size = int(math.log(max(1, standing.num_tokens)) * _PER_LOG_SIZE)
+    return size * _NUM_TURN_CLASSES + turns

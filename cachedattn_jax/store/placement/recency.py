@@ -30,7 +30,7 @@ class LRU(Policy):
     def victims(
         self, tier: Tier, now: float, first_ticket: int | float = 0
     ) -> Iterator[Standing]:
-        yield from self._order[tier]
+        return iter(self._order[tier])
 
 
 class FIFO(Policy):
@@ -55,7 +55,7 @@ class FIFO(Policy):
     def victims(
         self, tier: Tier, now: float, first_ticket: int | float = 0
     ) -> Iterator[Standing]:
-        yield from self._order[tier].values()
+        return iter(self._order[tier].values())
 
     def _key(self, standing: Standing, tier: Tier) -> int:
         return standing.born if self._by_age else standing.entered[tier]

@@ -26,6 +26,7 @@ class Standing:
             policy is FIFO.
         disk_only_bytes: of those on disk, bytes in no faster tier.
         num_running: turns that run now.
+        kind: what `predictive` takes it for; None where that is to be found out again.
     """
 
     session: Session
@@ -41,6 +42,7 @@ class Standing:
     entered: dict[Tier, int] = field(default_factory=dict)
     disk_only_bytes: int = 0
     num_running: int = 0
+    kind: int | None = None
     is_closed: bool = False
     is_pinned: bool = False
 
