@@ -9,10 +9,11 @@ Nothing may depend on which of two copies ends first, so the clock is a recorded
 turn is sent when so many others have ended, turns run one at a time, and the engine
 settles its copies between two steps, as virtual time does. A turn is leased when it
 starts (`max_staged=0`); reading a turn ahead over the device link is the matter of
-`overlap_preload`. Sessions leave as a whole, and turns end with a full page: host
-memory of the engine is charged in runs of pages until the last of a run has left, which
-the simulator does not know. `predictive` depends on the seconds themselves and is left
-out.
+`overlap_preload`. The reserve of host memory is kept but not refilled in runs, which
+begin at whichever step sees it touched. Sessions leave as a whole, and turns end with a
+full page: host memory of the engine is charged in runs of pages until the last of a run
+has left, which the simulator does not know. `predictive` depends on the seconds
+themselves and is left out.
 
     cachedattn run configs/simulator_check.gin        2 CPU cores, about 3 minutes
 
@@ -119,6 +120,7 @@ def run(
         placement = PlacementConfig(
             policy=policy,
             host_reserve=0.25,
+            refill=0.0,
             granularity="sessions",
             is_prefetching=policy == "lookahead",
         )

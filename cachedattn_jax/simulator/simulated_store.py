@@ -228,14 +228,19 @@ class SimulatedStore:
         """Whether pages left host memory so that its reserve is free."""
         if not self._max_disk:
             return False
-        free = self.system.host_bytes - self.num_host * self._page_bytes
-        wanted = self.placement.wanted_free_bytes(free)
+        wanted = self.placement.wanted_free_bytes(self._free_bytes)
         shortage = self.num_host + -(-wanted // self._page_bytes) - self._max_host
         if shortage <= 0 or not wanted:
             return False
         before = self.num_host
         self._demote(shortage, now, for_reserve=True)
+        # Refilled, if it is: the engine, which asks at every step, sees that too.
+        self.placement.wanted_free_bytes(self._free_bytes)
         return self.num_host < before
+
+    @property
+    def _free_bytes(self) -> int:
+        return self.system.host_bytes - self.num_host * self._page_bytes
 
     def arrive(self, pages: Pages, now: float) -> None:
         """Notes pages that have come from disk by now."""

@@ -40,7 +40,10 @@ class Placement:
         self.standings: dict[Session, Standing] = {}
         self.moves: list[Move] | None = None
         self._room = Room(
-            config.host_reserve, host_bytes=host_bytes, disk_bytes=disk_bytes
+            config.host_reserve,
+            config.refill,
+            host_bytes=host_bytes,
+            disk_bytes=disk_bytes,
         )
         self._queue = WaitingTurns()
         self._rests = Rests(config.ttl_s)

@@ -21,6 +21,8 @@ class PlacementConfig:
             runs, as far as the prefetch window of section 3.3.1 reaches.
         host_reserve: share of host memory that is kept free in the background, so that
             no fetch has to wait for room.
+        refill: once the reserve is touched, so much of it is made free on top, so that
+            pages leave in runs and not one by one at every step.
         granularity: what leaves a tier at once: as many pages as needed, from the end
             of a session, or the whole session, as in the paper.
         ttl_s: idle conversations are dropped after so long; None keeps them.
@@ -34,6 +36,7 @@ class PlacementConfig:
     policy: str = "predictive"
     is_prefetching: bool = True
     host_reserve: float = 0.05
+    refill: float = 0.25
     granularity: Granularity = "pages"
     ttl_s: float | None = None
     quotas: Mapping[str, int] = field(default_factory=dict)
@@ -47,7 +50,7 @@ class PlacementConfig:
                 f"granularity={self.granularity!r} is not one of"
                 f" {', '.join(get_args(Granularity))}"
             )
-        for name in ("host_reserve", "token_weight"):
+        for name in ("host_reserve", "refill", "token_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie from 0 to 1")
         if self.ttl_s is not None and not 0 < self.ttl_s < math.inf:

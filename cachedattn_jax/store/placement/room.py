@@ -8,7 +8,7 @@ class Room:
     """Capacities, and what is needed of them now.
 
     Args:
-        host_reserve: share of host memory that is kept free in the background.
+        host_reserve, refill: see `PlacementConfig`.
 
     Attributes:
         running_host_bytes: host memory of sessions whose turns run.
@@ -17,13 +17,13 @@ class Room:
     """
 
     def __init__(
-        self, host_reserve: float, *, host_bytes: int, disk_bytes: int
+        self, host_reserve: float, refill: float, *, host_bytes: int, disk_bytes: int
     ) -> None:
         self.reserve_bytes = int(host_reserve * host_bytes)
         self.running_host_bytes = 0
         self.num_stored = 0
         self.stored_kv_bytes = 0
-        self._refilled_bytes = self.reserve_bytes + self.reserve_bytes // 4
+        self._refilled_bytes = int((1 + refill) * self.reserve_bytes)
         self._is_refilling = False
         self._host_bytes = host_bytes
         self._disk_bytes = disk_bytes
@@ -41,8 +41,7 @@ class Room:
     def wanted_free_bytes(self, free_bytes: int) -> int:
         """How much host memory the background should make free, of which so much is.
 
-        The reserve; once it is touched a quarter more, so that pages leave in runs and
-        not one by one at every step.
+        The reserve; once it is touched `PlacementConfig.refill` of it on top.
         """
         if free_bytes < self.reserve_bytes:
             self._is_refilling = True
