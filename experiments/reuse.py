@@ -71,7 +71,7 @@ def run(
         store = dataclasses.replace(store, disk_root=root)
 
     replays: dict[str, Replayed] = {}
-    traces, events = {}, {}
+    traces, events, counted = {}, {}, {}
     for mode in MODES:
         settings = dataclasses.replace(engine, reuse=mode)
         with Engine(config, params, settings, store, weights=weights) as served:
@@ -80,12 +80,14 @@ def run(
                 console, served, played, mode, seed, time_factor, said
             )
             traces[mode] = served.timeline.chrome_trace()
+            counted[mode] = {**served.totals.describe(), **served.stats().describe()}
             events[mode] = served.timeline.events
         rows = [turn.row() for turn in replays[mode].turns.values()]
         run_directory.append_turns([{"mode": mode, **row} for row in rows])
     run_directory.write_timeline(traces["cached"])
 
     summary = _summary(played, config, replays, seed)
+    summary["counters"] = counted
     _print_modes(console, summary["modes"])
     figures = {
         "Time to first token against history": _plot_ttft(replays),

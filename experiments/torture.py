@@ -196,7 +196,7 @@ def _print(killed: dict, struck: dict) -> None:
         f" {killed['orphan_bytes']} orphan bytes",
     )
     for kind, count in struck["injected"].items():
-        seen = {k: n for k, n in struck["seen"].items() if kind in k}
+        seen = {k: n for k, n in struck["seen"].items() if kind in k.split(" or ")}
         text = ", ".join(f"{n} in the counters of {k}" for k, n in seen.items())
         table.add_row(f"fault: {kind}", str(count), text)
     table.add_row(

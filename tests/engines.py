@@ -16,6 +16,7 @@ import numpy as np
 from cachedattn_jax.engine.engine import Engine
 from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.request import Request
+from cachedattn_jax.engine.turn import Turn
 from cachedattn_jax.model.config import LlamaConfig, preset
 from cachedattn_jax.model.llama import LlamaParams, init_params, model_of
 from cachedattn_jax.store.budget import StoreConfig
@@ -162,6 +163,18 @@ def ask(engine: Engine, session_id: str, token_ids, max_tokens: int = 4, **kwarg
     assert turn.error is None, turn.error
     assert turn.tokens_from.total == len(turn.prompt)
     return turn
+
+
+def stored(turn: Turn) -> Future[None]:
+    """When the record of a turn that has ended is stored."""
+    assert turn.stored is not None
+    return turn.stored
+
+
+def finish_survey(engine: Engine) -> None:
+    """Lets the store find out whose the pages are that it found at its start."""
+    assert engine.store.survey is not None
+    engine.store.survey.finish()
 
 
 def random_tokens(rng: np.random.Generator, count: int) -> list[int]:

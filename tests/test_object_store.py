@@ -1,6 +1,7 @@
 """A store in S3: the same tokens, shared by replicas, and a dead one costs little."""
 
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from tests.engines import (
     greedy_reply,
     make_engine,
     random_tokens,
+    stored,
 )
 from tests.s3_server import S3Server, s3_environment
 
@@ -37,7 +39,7 @@ def engine_at(url: str, server: S3Server, **io):
 def served(engine, name: str, tokens: list[int]):
     """One turn whose record is stored, and whose reply is right."""
     turn = ask(engine, name, tokens)
-    turn.stored.result()
+    stored(turn).result()
     assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 4))
     return turn
 
@@ -78,12 +80,12 @@ def test_of_two_turns_at_once_the_first_stored_wins_and_the_other_is_told(server
         # Both have seen one turn when they begin the second.
         mine, other = one.submit(request("a", [4])), two.submit(request("a", [9]))
         one.run_until_idle()
-        mine.stored.result()
+        stored(mine).result()
         two.run_until_idle()
         with pytest.raises(RecordConflict):
-            other.stored.result()
+            stored(other).result()
         assert_same_reply(other.reply, *greedy_reply(other.prompt, 4))
-        assert two.store.root.kv.counters["record_conflicts"] == 1
+        assert two.stats().others["record_conflicts"] == 1
         turn = served(two, "a", [5])
         assert turn.prompt.tolist() == [*mine.prompt.tolist(), *mine.reply, 5]
 
@@ -120,10 +122,15 @@ def test_a_server_that_dies_costs_a_bounded_time_and_no_token(server):
 def test_a_folder_in_front_of_s3_serves_pages_that_were_there_before(server, tmp_path):
     url, rng = server.bucket(), np.random.default_rng(0)
     io = IoConfig(s3_endpoint=server.endpoint, timeout_s=20.0)
-    options = {"disk_pages": 500, "disk_root": url, "io": io, "loading": "always"}
+    options: dict[str, Any] = {
+        "disk_pages": 500,
+        "disk_root": url,
+        "io": io,
+        "loading": "always",
+    }
     with make_engine(**options) as engine:
         served(engine, "a", random_tokens(rng, 30))
-    near = {"cache_root": str(tmp_path), "cache_bytes": "1 MiB"}
+    near: dict[str, Any] = {"cache_root": str(tmp_path), "cache_bytes": "1 MiB"}
     found = []
     for _ in range(2):
         with make_engine(**options, **near) as engine:
@@ -140,8 +147,13 @@ def test_a_folder_in_front_of_s3_keeps_its_budget_and_its_damage_is_found(
 ):
     url, rng = server.bucket(), np.random.default_rng(0)
     io = IoConfig(s3_endpoint=server.endpoint, timeout_s=20.0)
-    options = {"disk_pages": 500, "disk_root": url, "io": io, "loading": "always"}
-    near = {"cache_root": str(tmp_path), "cache_bytes": 4 * 5000}
+    options: dict[str, Any] = {
+        "disk_pages": 500,
+        "disk_root": url,
+        "io": io,
+        "loading": "always",
+    }
+    near: dict[str, Any] = {"cache_root": str(tmp_path), "cache_bytes": 4 * 5000}
     with make_engine(**options, **near) as engine:
         for name in "abc":
             served(engine, name, random_tokens(rng, 20))

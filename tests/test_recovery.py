@@ -19,6 +19,7 @@ from tests.engines import (
     ask,
     assert_nothing_leaked,
     assert_same_reply,
+    finish_survey,
     greedy_reply,
     make_engine,
 )
@@ -97,7 +98,7 @@ def test_orphans_and_leftovers_are_collected_and_pages_go_to_their_sessions(tmp_
     engine = make_engine(disk_pages=500, disk_root=str(tmp_path))
     assert not leftover.exists()
     assert all(is_unclaimed(e.session) for e in engine.store.index.in_tier(Tier.DISK))
-    engine.store.survey.finish()
+    finish_survey(engine)
     assert engine.store.counters["orphans_collected"] == 2
     pages = list(engine.store.index.in_tier(Tier.DISK))
     assert {entry.session for entry in pages} == {"default/a"}
@@ -114,7 +115,7 @@ def test_strange_files_in_a_root_are_passed_over(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("hello")
     engine = make_engine(disk_pages=500, disk_root=str(tmp_path))
-    engine.store.survey.finish()
+    finish_survey(engine)
     assert engine.store.catalog.sessions() == [("default", "a")]
     assert ask(engine, "a", [5]).tokens_from.disk > 0
     engine.close()

@@ -94,6 +94,7 @@ def test_an_exported_session_is_the_keys_and_values_of_its_pages(tmp_path):
     starts = {tuple(said[i : i + step]): i for i in range(0, len(said) - step, step)}
     num_compared = 0
     for entry in full:
+        assert entry.token_ids is not None
         start = starts.get(tuple(entry.token_ids.tolist()))
         if start is None or start + step >= len(said):
             continue

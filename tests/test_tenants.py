@@ -1,6 +1,7 @@
 """Tenants share nothing, keep to their quotas, and can be erased."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tests.engines import (
     ask,
     assert_nothing_leaked,
     assert_same_reply,
+    finish_survey,
     greedy_reply,
     make_engine,
     random_tokens,
@@ -25,7 +27,11 @@ def files_below(root, word):
 
 def test_the_same_prompt_of_another_tenant_is_computed_anew(tmp_path):
     """Neither the tier nor the counters tell one tenant what another has said."""
-    options = {"disk_pages": 500, "disk_root": str(tmp_path), "loading": "always"}
+    options: dict[str, Any] = {
+        "disk_pages": 500,
+        "disk_root": str(tmp_path),
+        "loading": "always",
+    }
     with make_engine(**options) as engine:
         ask(engine, "s", PROMPT, tenant="one")
         for tier in (Tier.DEVICE, Tier.HOST):
@@ -40,11 +46,12 @@ def test_the_same_prompt_of_another_tenant_is_computed_anew(tmp_path):
 def test_a_secret_keeps_others_from_computing_the_keys_of_a_tenant(tmp_path):
     (tmp_path / "secret").write_text("0123456789abcdef")
     (tmp_path / "other").write_text("fedcba9876543210")
-    options = {"disk_pages": 500, "disk_root": str(tmp_path / "root")}
-    secret = {"tenant_secret_file": str(tmp_path / "secret")}
+    options: dict[str, Any] = {"disk_pages": 500, "disk_root": str(tmp_path / "root")}
+    secret: dict[str, Any] = {"tenant_secret_file": str(tmp_path / "secret")}
     with make_engine(**options, **secret) as engine:
         ask(engine, "s", PROMPT)
-    for wrong in ({}, {"tenant_secret_file": str(tmp_path / "other")}):
+    wrongs: list[dict[str, Any]] = [{}, {"tenant_secret_file": str(tmp_path / "other")}]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match="was written with another tenant_secret"):
             make_engine(**options, **wrong)
     with make_engine(**options, **secret) as engine:
@@ -64,7 +71,11 @@ def test_a_bad_secret_is_one_sentence(tmp_path, content, sentence):
 
 
 def test_nothing_of_an_erased_tenant_is_readable_after_it(tmp_path):
-    options = {"disk_pages": 500, "disk_root": str(tmp_path), "loading": "always"}
+    options: dict[str, Any] = {
+        "disk_pages": 500,
+        "disk_root": str(tmp_path),
+        "loading": "always",
+    }
     with make_engine(**options) as engine:
         for tenant in ("keep", "erase"):
             for name in "ab":
@@ -96,7 +107,7 @@ def test_a_tenant_with_a_turn_under_way_is_not_erased():
 
 
 def test_a_quota_holds_also_for_what_lay_on_disk_at_the_start(tmp_path):
-    options = {"disk_pages": 500, "disk_root": str(tmp_path)}
+    options: dict[str, Any] = {"disk_pages": 500, "disk_root": str(tmp_path)}
     with make_engine(**options) as engine:
         rng = np.random.default_rng(1)
         for name in "abcd":
@@ -106,7 +117,7 @@ def test_a_quota_holds_also_for_what_lay_on_disk_at_the_start(tmp_path):
     quota = 12 * page_bytes
     config = dataclasses.replace(PlacementConfig(), quotas={"small": quota})
     with make_engine(**options, placement=config) as engine:
-        engine.store.survey.finish()
+        finish_survey(engine)
         ask(engine, "new", [1, 2, 3], tenant="free")
         held = {"small": 0, "free": 0}
         for standing in engine.store.placement.standings.values():

@@ -112,7 +112,7 @@ class _Struck:
 class FaultyKv:
     """A key-value store with faults; offers what TensorStore's does, as far as used."""
 
-    def __init__(self, kv: ts.KvStore, faults: Faults) -> None:
+    def __init__(self, kv: Any, faults: Faults) -> None:
         self._kv = kv
         self._faults = faults
 

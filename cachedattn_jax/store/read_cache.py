@@ -57,7 +57,7 @@ class ReadCache:
     """
 
     def __init__(
-        self, remote: Any, local: ts.KvStore, folder: Path, capacity_bytes: int
+        self, remote: Any, local: Any, folder: Path, capacity_bytes: int
     ) -> None:
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
