@@ -13,6 +13,7 @@ from cachedattn_jax.engine.cost_model import Constants, CostModel
 from cachedattn_jax.engine.decode import Decode
 from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.loop import Loop
+from cachedattn_jax.engine.overflow import Overflow
 from cachedattn_jax.engine.plan import check_window
 from cachedattn_jax.engine.prefill import Prefill
 from cachedattn_jax.engine.request import Request
@@ -54,6 +55,7 @@ class Engine:
         self.model = model
         self.config = config or EngineConfig()
         device = device if device is not None else jax.devices()[0]
+        self.config.truncation.check(model.window, self.config.page_tokens)
         layout = self._layout(weights or weights_digest(params))
         store_config = store or StoreConfig()
         if self.config.reuse == "recompute":
@@ -105,6 +107,13 @@ class Engine:
             self.cost_model,
             self._prefill,
             self._decode,
+            Overflow(
+                self.config.truncation,
+                model.window,
+                self.store,
+                model.inverse_frequencies(),
+                model.dtype,
+            ),
         )
 
     # ---- what a user calls ----
@@ -210,7 +219,7 @@ class Engine:
     def _check_prompt(self, request: Request) -> None:
         request.check_vocabulary(self.model.vocab_size)
         record = self.store.catalog.find(request.tenant, request.session_id)
-        check_window(self.model.window, request, record)
+        check_window(self.config.truncation, self.model.window, request, record)
 
     def _check_quiet(self, tenant: str, session_id: str) -> None:
         session = session_key(tenant, session_id)

@@ -14,14 +14,14 @@ from cachedattn_jax.engine.decode import Decode, Row
 from cachedattn_jax.engine.ending import Ending
 from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.job import InFlight, Job
+from cachedattn_jax.engine.overflow import Overflow
 from cachedattn_jax.engine.prefill import Prefill
 from cachedattn_jax.engine.running import Running
 from cachedattn_jax.engine.sampling import sampling_batch
 from cachedattn_jax.engine.scheduler import Scheduler
-from cachedattn_jax.engine.staging import Staging
+from cachedattn_jax.engine.staging import NoSlots, Staging
 from cachedattn_jax.engine.turn import Turn
 from cachedattn_jax.store.groupwise_save import GroupwiseSave
-from cachedattn_jax.store.page import chain_keys
 from cachedattn_jax.store.tiered_store import TieredStore
 
 # How long decoding pauses for the pages of the turn that is next. They often come
@@ -42,6 +42,7 @@ class Loop:
         cost_model: CostModel,
         prefill: Prefill,
         decode: Decode,
+        overflow: Overflow,
     ) -> None:
         self._config = config
         self._store = store
@@ -50,6 +51,7 @@ class Loop:
         self._cost_model = cost_model
         self._prefill = prefill
         self._decode = decode
+        self._overflow = overflow
         self._staging = Staging(config, window, store, scheduler, cost_model)
         self._running = Running(config.max_batch)
         self._ending = Ending(
@@ -86,6 +88,7 @@ class Loop:
 
     def _start_next(self) -> None:
         """Gives a seat to the next turn whose pages are there, or about to come."""
+        self._restart_overflowed()
         turn, running = self._scheduler.next(), self._running
         if turn is None or turn is running.blocked or running.prefilling is not None:
             return
@@ -126,7 +129,11 @@ class Loop:
 
     def _decode_batch(self) -> None:
         """Dispatches one step for every turn that still needs tokens."""
-        jobs = [job for job in self._running.decoding if job.needs_tokens]
+        for job in [job for job in self._running.decoding if job.needs_tokens]:
+            if self._overflow.is_full(job) and not job.is_overflowed:
+                with self._ending.guard([job]):
+                    self._make_room(job)
+        jobs = self._running.ready
         if not jobs:
             return
         started = time.monotonic()
@@ -136,7 +143,8 @@ class Loop:
                     Row(
                         seat=job.seat,
                         page_table=job.page_table,
-                        length=len(job.turn.prompt) + job.num_dispatched,
+                        length=job.context_tokens,
+                        position=job.num_tokens,
                         sampling=job.turn.request.sampling,
                     )
                     for job in jobs
@@ -191,21 +199,51 @@ class Loop:
         with self._ending.guard([job]):
             self._begin_prefill(job)
 
+    def _make_room(self, job: Job) -> None:
+        """Drops what a running turn has no place for in the window any more."""
+        truncation = self._config.truncation
+        if truncation.computes_anew:
+            job.is_overflowed = True
+            return
+        if truncation.policy == "naive":
+            self._collect(leave=0)  # its pages get other keys, which need the tokens
+        if job.turn.is_finished:
+            return
+        try:
+            self._overflow.make_room(job)
+        except NoSlots:
+            self._store.counters["truncations_without_room"] += 1
+            job.max_tokens = job.num_dispatched
+
+    def _restart_overflowed(self) -> None:
+        """Computes anew what a truncation left of a turn, if one waits for that."""
+        running = self._running
+        if running.overflowed is None or running.prefilling is not None:
+            return
+        self._collect(leave=0)
+        job = running.overflowed
+        if job is None:
+            return
+        with self._ending.guard([job]):
+            self._staging.restart(job, self._overflow.next(job))
+            running.prefill_again(job)
+            job.started_s = time.monotonic()
+            self._begin_prefill(job)
+
     def _begin_prefill(self, job: Job) -> None:
         turn, lease, store = job.turn, job.lease, self._store
-        turn.tokens_from = job.plan.tokens_from(lease)
-        turn.decision = job.decision.choice
-        turn.decision_reason = job.decision.reason
-        if self._saves_meanwhile(job):
+        if not turn.reply:
+            turn.tokens_from = job.plan.tokens_from(lease)
+            turn.decision = job.decision.choice
+            turn.decision_reason = job.decision.reason
+        if self._saves_meanwhile(job) and not job.plan.truncates_meanwhile:
             step = store.layout.page_tokens
-            first, last = -(-lease.cached_tokens // step), len(turn.prompt) // step
+            first, last = -(-lease.cached_tokens // step), len(job.plan.whole.pages)
             pages = range(first, last)
             slots = lease.slots[first:last].tolist()
             job.save = GroupwiseSave(store.saver, store.pool, pages, slots, job.name)
-        job.prefill = self._prefill.begin(
-            turn.prompt[lease.cached_tokens :],
-            lease.cached_tokens,
-            job.page_table,
+        job.prefill = self._prefill.begin_segments(
+            self._overflow.segments(job),
             lease.inbound,
             read_ahead=job.read_ahead,
             is_preloading=self._config.is_preloading,
@@ -234,20 +272,21 @@ class Loop:
             self._decode.last_tokens,
             job.seat,
             sampling_batch([job.turn.request.sampling], 1),
+            job.num_tokens,
         )
-        job.num_dispatched = 1
+        job.num_dispatched += 1
         if self._config.reuse == "cached":
-            self._publish(job, job.keys)
+            self._publish(job)
         self._running.decode(job)
         start_s = time.monotonic()
         self._running.in_flight.append(
             InFlight(jobs=[job], sampled=sampled, name="prefill", start_s=start_s)
         )
 
-    def _publish(self, job: Job, keys: list[bytes]) -> None:
+    def _publish(self, job: Job) -> None:
         store = self._store
-        store.leases.publish(job.lease, keys, job.token_ids, job.num_published)
-        job.keys, job.num_published = keys, len(keys)
+        job.follow()
+        store.leases.publish(job.lease, job.unpublished())
         if job.save is not None:
             job.turn.bytes_device_to_host += job.save.num_bytes
             job.save.finish(job.lease.entries)
@@ -266,13 +305,11 @@ class Loop:
             job.observe(self._cost_model)
         if token in turn.request.stop_token_ids:
             self._ending.finish(job, "stop")
-        elif len(turn.reply) == job.plan.max_tokens:
-            is_full = job.plan.max_tokens < turn.request.max_tokens
+        elif len(turn.reply) == job.max_tokens:
+            is_full = job.max_tokens < turn.request.max_tokens
             self._ending.finish(job, "window" if is_full else "length")
         elif self._saves_meanwhile(job):
-            # The token just sampled has no keys and values yet.
-            num_cached = len(turn.prompt) + len(turn.reply) - 1
-            if num_cached % self._store.layout.page_tokens == 0:
-                cached = job.token_ids[:-1]
-                layout, salt = self._store.layout, job.plan.salt
-                self._publish(job, chain_keys(layout, salt, cached, job.keys))
+            # What is dropped are whole pages, so they still fill up when they did.
+            position = job.context.position(job.num_known)
+            if position % self._store.layout.page_tokens == 0:
+                self._publish(job)

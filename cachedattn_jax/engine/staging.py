@@ -15,14 +15,24 @@ from cachedattn_jax.engine.cost_model import CostModel
 from cachedattn_jax.engine.decision import Decision
 from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.job import Job
-from cachedattn_jax.engine.plan import TurnPlan, plan_turn
+from cachedattn_jax.engine.plan import (
+    TurnPlan,
+    plan_inexact,
+    plan_next,
+    plan_turn,
+)
 from cachedattn_jax.engine.scheduler import Scheduler
 from cachedattn_jax.engine.turn import Turn
 from cachedattn_jax.store.page_index import PageEntry
 from cachedattn_jax.store.tiered_store import TieredStore
+from cachedattn_jax.store.truncation import Truncation
 
 # Groups that are copied ahead where no constants were measured.
 _USUAL_READ_AHEAD = 2
+
+
+class NoSlots(Exception):
+    """Running turns hold all slots, so that shared ones cannot be replaced."""
 
 
 class BadTurn(Exception):
@@ -48,6 +58,12 @@ class _Prospect:
     plan: TurnPlan
     found: list[PageEntry]
     decision: Decision
+
+    @property
+    def num_pages(self) -> int:
+        """Pages the turn may grow to, the window not considered."""
+        step = self.plan.whole.layout.page_tokens
+        return -(-(self.plan.context_tokens + self.plan.max_tokens) // step)
 
     @property
     def has_loads(self) -> bool:
@@ -150,6 +166,27 @@ class Staging:
         assert lease is not None  # it takes the slots just given back
         self._fill(job, prospect, lease)
 
+    def restart(self, job: Job, truncation: Truncation) -> None:
+        """Leases anew what a truncation left of a running turn, to be computed anew."""
+        self._store.leases.abandon(job.lease)
+        plan = plan_next(
+            self._config.truncation,
+            self._window,
+            job.plan,
+            job.token_ids,
+            (*job.truncations, truncation),
+            len(job.token_ids) - 1,
+        )
+        job.turn.num_truncations += 1
+        job.num_published = 0
+        prospect = self._prospect_of(job.turn, plan)
+        lease = self._acquire(job.turn, prospect)
+        if lease is None:  # only where shared pages were most of what it gave back
+            raise NoSlots("running turns hold all slots that a truncation needs")
+        self._fill(job, prospect, lease)
+        if self._config.truncation.loses_pages:
+            self._store.lose(job.turn.session)
+
     def drop(self, turn: Turn) -> None:
         """Gives back what a turn that will not start holds; it may be leased again."""
         job = self.jobs.pop(turn, None)
@@ -168,36 +205,64 @@ class Staging:
         request, store = turn.request, self._store
         record = store.catalog.find(request.tenant, request.session_id)
         turn.turn_index = 0 if record is None else record.num_turns
-        plan = plan_turn(store.layout, self._window, request, record)
-        found: list[PageEntry] = []
-        if self._config.reuse == "cached":
-            found = store.leases.find(turn.session, plan.reusable_keys, plan.tail)
+        truncation = self._config.truncation
+        plan = plan_turn(store.layout, truncation, self._window, request, record)
+        return self._prospect_of(turn, plan)
+
+    def _prospect_of(self, turn: Turn, plan: TurnPlan) -> _Prospect:
+        plan, found = self._find(turn, plan)
+        limit = self._config.truncation.max_replay_tokens
+        if limit is not None and plan.num_replayed > limit:
+            plan = plan_inexact(self._config.truncation, self._window, plan)
+            plan, found = self._find(turn, plan)
         decision = self._decide(plan, found)
-        return _Prospect(
-            plan=plan, found=found[: decision.num_pages], decision=decision
-        )
+        if decision.num_pages < len(found):
+            fewer, keys = plan.before(decision.num_pages), [e.key for e in found]
+            if fewer.needs_no_more(keys[: decision.num_pages]):
+                plan, found = fewer, found[: decision.num_pages]
+            else:
+                decision = Decision.kept(len(found))
+        return _Prospect(plan=plan, found=found, decision=decision)
+
+    def _find(self, turn: Turn, plan: TurnPlan) -> tuple[TurnPlan, list[PageEntry]]:
+        """Where computing can start from what is stored, and the pages it needs."""
+        while True:
+            found: list[PageEntry] = []
+            if self._config.reuse == "cached":
+                leases = self._store.leases
+                found = leases.find(turn.session, plan.stored.keys, plan.tail)
+            if self._config.loading == "never":
+                found = found[: _num_resident(found)]
+            if plan.tail is not None and found and found[-1].key == plan.tail.key:
+                return plan.from_tail(), found
+            plan = plan.before(len(found))
+            if plan.needs_no_more([entry.key for entry in found]):
+                return plan, found
 
     def _decide(self, plan: TurnPlan, found: list[PageEntry]) -> Decision:
-        num_resident = next(
-            (i for i, entry in enumerate(found) if entry.slot is None), len(found)
-        )
-        forced = {"always": len(found), "never": num_resident}
+        forced = {"always": len(found), "never": _num_resident(found)}
         if self._config.loading in forced:
             return Decision.forced(self._config.loading, forced[self._config.loading])
         is_tail = plan.tail is not None and len(found) > plan.tail.index
         return self._cost_model.decide(
             [entry.tiers[0].value for entry in found],
-            len(plan.prompt),
+            plan.context_tokens,
             tail_tokens=len(plan.tail.token_ids) if is_tail and plan.tail else 0,
             copied=_copied(found),
         )
 
     def _acquire(self, turn: Turn, prospect: _Prospect):
         plan = prospect.plan
-        num_pages = self._store.layout.num_pages(len(plan.prompt) + plan.max_tokens)
-        return self._store.leases.acquire(
+        num_pages = min(prospect.num_pages, self._pages_per_sequence)
+        if plan.truncates_meanwhile:
+            num_pages = self._pages_per_sequence
+        lease = self._store.leases.acquire(
             turn.session, prospect.found, plan.tail, num_pages
         )
+        is_new = len(plan.truncations) > plan.num_known
+        if lease is not None and is_new and self._config.truncation.loses_pages:
+            self._store.lose(turn.session)
+        return lease
 
     def _lease(self, turn: Turn, prospect: _Prospect) -> Job | None:
         assert turn not in self.jobs
@@ -211,7 +276,7 @@ class Staging:
             lease=lease,
             page_table=np.zeros(self._pages_per_sequence, np.int32),
             read_ahead=0,
-            keys=[],
+            chain=prospect.plan.stored,
         )
         self._fill(job, prospect, lease)
         self.jobs[turn] = job
@@ -226,9 +291,14 @@ class Staging:
 
     def _fill(self, job: Job, prospect: _Prospect, lease) -> None:
         job.plan, job.decision, job.lease = prospect.plan, prospect.decision, lease
-        job.keys = list(prospect.plan.keys)
+        plan = job.plan
+        job.chain, job.truncations = plan.stored, plan.truncations
+        job.context, job.max_tokens = plan.whole.context, plan.max_tokens
         job.page_table[: len(lease.slots)] = lease.slots
-        job.turn.prompt = prospect.plan.prompt
+        if not job.turn.reply:
+            job.turn.prompt = plan.prompt
+            job.turn.num_truncations = len(plan.truncations) - plan.num_known
+        job.turn.is_exact = all(item.method != "lost" for item in plan.truncations)
         job.read_ahead = self._read_ahead(job)
 
     def _read_ahead(self, job: Job) -> int:
@@ -240,7 +310,7 @@ class Staging:
         groups = self._cost_model.read_ahead(
             sum(_copied(held)) - from_disk,
             from_disk,
-            len(job.plan.prompt) - lease.cached_tokens,
+            job.plan.context_tokens - lease.cached_tokens,
             lease.cached_tokens,
         )
         return _USUAL_READ_AHEAD if groups is None else groups
@@ -253,6 +323,11 @@ class Staging:
         inbound = job.lease.inbound
         inbound.put_through(max(1, job.read_ahead))
         return inbound.has_arrived(max(1, min(job.read_ahead, inbound.num_groups)) - 1)
+
+
+def _num_resident(found: list[PageEntry]) -> int:
+    """Pages at the beginning that lie on the device."""
+    return next((i for i, entry in enumerate(found) if entry.slot is None), len(found))
 
 
 def _copied(found: list[PageEntry]) -> list[int]:

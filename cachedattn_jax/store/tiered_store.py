@@ -7,8 +7,7 @@ bytes.
 
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -129,7 +128,7 @@ class TieredStore:
     def commit(
         self,
         lease: Lease,
-        keys: Sequence[PageKey],
+        pages: Iterable[tuple[int, PageKey, np.ndarray]],
         tail: Tail | None,
         record: SessionRecord,
         turn: str = "",
@@ -138,25 +137,25 @@ class TieredStore:
         tail.
 
         Args:
-            keys: every full page of the conversation.
+            pages: place in the lease, key and tokens of every full page of the context.
             tail: its partly filled last page.
 
         Returns:
             How many pages will leave the device for that.
         """
-        self.leases.publish(lease, keys, record.token_ids)
+        self.leases.publish(lease, pages)
         old_tail = self.leases.tails.pop(lease.session, None)
         if tail is not None:
             self.leases.publish_page(lease, tail.index, tail.key, tail.token_ids)
             entry = lease.entries[tail.index]
             if entry is not None:
                 self.leases.tails[lease.session] = entry
-        pages = [entry for entry in lease.entries if entry is not None]
-        for entry in pages:
+        entries = [entry for entry in lease.entries if entry is not None]
+        for entry in entries:
             self.index.touch(entry, lease.session)
         num_asked = 0
         if self.config.saves_early(record.num_turns - 1):
-            num_asked = self.saver.ask(pages, turn)
+            num_asked = self.saver.ask(entries, turn)
             self.saver.save_queued(turn)
         if self.config.is_saving_synchronous:
             self.saver.drain()
@@ -213,9 +212,7 @@ class TieredStore:
                 f"cannot rewind session {session_id!r} to {num_tokens} tokens;"
                 f" it has {num_known}"
             )
-        keys = record.page_keys[: num_tokens // self.layout.page_tokens]
-        token_ids = record.token_ids[:num_tokens]
-        self.catalog.commit(replace(record, token_ids=token_ids, page_keys=keys))
+        self.catalog.commit(record.cut(num_tokens))
 
     def forget_session(self, tenant: str, session_id: str) -> None:
         """Forgets a session's record and the pages it answers for; none may be held."""
@@ -226,6 +223,10 @@ class TieredStore:
             for entry in list(self.index.last_pages_first(session, tier)):
                 self._evictor.retire(entry)
         self.placement.forgot(session)
+
+    def lose(self, session: str) -> None:
+        """Gives up all pages of a session that no turn holds; its record stays."""
+        self._evictor.drop(session)
 
     def close(self) -> None:
         """Writes what only memory holds to disk, as far as it fits; stops threads."""

@@ -1,0 +1,115 @@
+"""Text to train a byte-level model on: what every Python installation carries.
+
+Knows documentation, bytes and the lines of the retrieval task. Does not know models.
+
+The retrieval task follows LongEval: lines with a name and a value, later one of them is
+begun again, and its value is asked for:
+
+    line kx: 47
+    line qa: 03
+    ...
+    line kx: 47      <- the two digits are the answer
+"""
+
+import ast
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydoc_data import topics
+
+_LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
+_DIGITS = np.frombuffer(b"0123456789", np.uint8)
+_LINE = b"line %b: %b\n"
+LINE_BYTES = len(_LINE % (b"kx", b"47"))
+# Where the two digits stand in a line.
+ANSWER = slice(LINE_BYTES - 3, LINE_BYTES - 1)
+# Every so manieth document is kept out of the training.
+_HELD_OUT_EVERY = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Bytes to train on, and documents that were kept out."""
+
+    training: np.ndarray
+    held_out: np.ndarray
+
+
+def read_corpus() -> Corpus:
+    """The documentation topics, and the docstrings, of the standard library."""
+    documents = [*topics.topics.values(), *_docstrings()]
+    parts: tuple[list[str], list[str]] = ([], [])
+    for number, text in enumerate(documents):
+        parts[number % _HELD_OUT_EVERY == 0].append(text)
+    training, held_out = (as_bytes("\n\n".join(texts)) for texts in parts)
+    return Corpus(training=training, held_out=held_out)
+
+
+def as_bytes(text: str) -> np.ndarray:
+    """uint8, a token a byte."""
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def make_lines(rng: np.random.Generator, count: int) -> np.ndarray:
+    """uint8 [count, LINE_BYTES], lines with different names."""
+    names = rng.choice(26 * 26, count, replace=False)
+    values = rng.integers(0, 100, count)
+    lines = []
+    for name, value in zip(names, values, strict=True):
+        letters = bytes(_LETTERS[[name // 26, name % 26]])
+        digits = bytes(_DIGITS[[value // 10, value % 10]])
+        lines.append(np.frombuffer(_LINE % (letters, digits), np.uint8))
+    return np.stack(lines)
+
+
+def retrieval_sample(
+    rng: np.random.Generator, text: np.ndarray, num_bytes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Text, lines, and lines again in another order.
+
+    Returns:
+        uint8 [num_bytes], and which of them are answers.
+    """
+    count = int(rng.integers(1, num_bytes // (2 * LINE_BYTES)))
+    lines = make_lines(rng, count)
+    most = num_bytes - 2 * count * LINE_BYTES
+    filler = crop(rng, text, int(rng.integers(0, most + 1)))
+    parts, answers = [filler, lines.ravel()], []
+    num_left = num_bytes - len(filler) - lines.size
+    while num_left > 0:
+        line = lines[rng.integers(count)][:num_left]
+        start = num_bytes - num_left
+        answers.append(np.arange(start, start + len(line))[ANSWER])
+        parts.append(line)
+        num_left -= len(line)
+    is_answer = np.zeros(num_bytes, bool)
+    is_answer[np.concatenate(answers)] = True
+    return np.concatenate(parts), is_answer
+
+
+def crop(rng: np.random.Generator, text: np.ndarray, num_bytes: int) -> np.ndarray:
+    """A piece of the text from a random place."""
+    start = int(rng.integers(0, len(text) - num_bytes + 1))
+    return text[start : start + num_bytes]
+
+
+def _docstrings() -> Iterator[str]:
+    """Of the modules, classes and functions of the standard library, unimported."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    for path in sorted([*folder.glob("*.py"), *folder.glob("[a-z]*/*.py")]):
+        if path.parent.name in ("site-packages", "test", "idlelib"):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(
+                node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+            ):
+                text = ast.get_docstring(node)
+                if text:
+                    yield text
