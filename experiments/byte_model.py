@@ -129,7 +129,7 @@ def make_batch(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """int32 and float32 [batch, window + 1]: bytes, and how much each counts.
 
-    In samples of lines only the answers count: the rest is noise or text.
+    In samples of lines only what is repeated counts: the rest is noise or text.
 
     Returns:
         How many of the first samples are text, too.

@@ -16,9 +16,9 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data import topics
 
 import numpy as np
-from pydoc_data import topics
 
 _LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
 _DIGITS = np.frombuffer(b"0123456789", np.uint8)
@@ -68,26 +68,17 @@ def make_lines(rng: np.random.Generator, count: int) -> np.ndarray:
 def retrieval_sample(
     rng: np.random.Generator, text: np.ndarray, num_bytes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Text, lines, and lines again in another order.
+    """Text, lines, and the lines again, half of the time in another order.
 
     Returns:
-        uint8 [num_bytes], and which of them are answers.
+        uint8 [num_bytes], and which of them have been there before.
     """
-    count = int(rng.integers(1, num_bytes // (2 * LINE_BYTES)))
+    count = int(rng.integers(1, num_bytes // (2 * LINE_BYTES) + 1))
     lines = make_lines(rng, count)
-    most = num_bytes - 2 * count * LINE_BYTES
-    filler = crop(rng, text, int(rng.integers(0, most + 1)))
-    parts, answers = [filler, lines.ravel()], []
-    num_left = num_bytes - len(filler) - lines.size
-    while num_left > 0:
-        line = lines[rng.integers(count)][:num_left]
-        start = num_bytes - num_left
-        answers.append(np.arange(start, start + len(line))[ANSWER])
-        parts.append(line)
-        num_left -= len(line)
-    is_answer = np.zeros(num_bytes, bool)
-    is_answer[np.concatenate(answers)] = True
-    return np.concatenate(parts), is_answer
+    again = lines if rng.random() < 0.5 else lines[rng.permutation(count)]
+    filler = crop(rng, text, num_bytes - 2 * lines.size)
+    is_repeated = np.arange(num_bytes) >= num_bytes - again.size
+    return np.concatenate([filler, lines.ravel(), again.ravel()]), is_repeated
 
 
 def crop(rng: np.random.Generator, text: np.ndarray, num_bytes: int) -> np.ndarray:

@@ -34,8 +34,8 @@ class Job:
         truncations: all that were dispatched, which the chain may not have reached yet.
         context: what they left.
         max_tokens: reply tokens at most.
-        num_published: tokens of the conversation whose full pages can be found by other
-            turns.
+        num_published: place in the conversation of the first token whose page cannot
+            be found by other turns.
         is_overflowed: whether it waits for a prefill of what a truncation left.
         num_passed: turns that started before it because its pages were on their way.
         seat: where its last token is on the device, once it runs.
@@ -120,7 +120,7 @@ class Job:
             if page.token >= self.num_published and place is not None:
                 tokens = self.chain.context.tokens(index * step, (index + 1) * step)
                 yield place, page.key, token_ids[tokens]
-        self.num_published = self.num_known
+        self.num_published = self.chain.context.token(step * len(self.chain.pages))
 
     def tail(self) -> Tail | None:
         """The partly filled last page, at its place in the lease."""

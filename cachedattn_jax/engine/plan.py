@@ -52,6 +52,7 @@ class TurnPlan:
         stored: the pages that computing could start from. At least one token must be
             computed, or there would be no logits.
         tail: a partly filled page behind the first pages of `stored`.
+        at_tail: the pages when the tail was what it is.
         max_tokens: reply tokens at most, the window considered.
     """
 
@@ -62,6 +63,7 @@ class TurnPlan:
     whole: Chain
     stored: Chain
     tail: Tail | None
+    at_tail: Chain
     max_tokens: int
 
     @property
@@ -84,9 +86,7 @@ class TurnPlan:
 
     def from_tail(self) -> "TurnPlan":
         """The plan that starts from the tail."""
-        assert self.tail is not None
-        pages = self.stored.pages[: self.tail.index]
-        return replace(self, stored=replace(self.stored, pages=pages))
+        return replace(self, stored=self.at_tail)
 
     def before(self, index: int) -> "TurnPlan":
         """The plan that starts when a page of `stored` was begun.
@@ -95,7 +95,8 @@ class TurnPlan:
         was dropped since.
         """
         stored = self.stored.before(index, self.prompt, self.truncations)
-        return replace(self, stored=stored, tail=stored.tail(self.prompt))
+        tail = stored.tail(self.prompt)
+        return replace(self, stored=stored, tail=tail, at_tail=stored)
 
     def needs_no_more(self, keys: Sequence[PageKey]) -> bool:
         """Whether these pages are all that the plan starts from."""
@@ -206,15 +207,15 @@ def plan_prompt(
         config, window, step, truncations, history.context, num_history, len(prompt)
     )
     stored = history.after(prompt, planned, len(prompt) - 1)
-    tail = history.tail(prompt) if has_tail else None
+    tail, at_tail = history.tail(prompt) if has_tail else None, history
     if tail is not None and len(planned) > num_known:
         # The tail itself is as it was, behind fewer pages.
         moves = all(
             item.at == num_history and item.method == "pages"
             for item in planned[num_known:]
         )
-        index = stored.context.position(num_history) // step
-        tail = replace(tail, index=index) if moves else None
+        at_tail = history.after(prompt, planned, num_history)
+        tail = replace(tail, index=len(at_tail.pages)) if moves else None
     return TurnPlan(
         prompt=prompt,
         num_history=num_history,
@@ -223,6 +224,7 @@ def plan_prompt(
         whole=stored.after(prompt, planned, len(prompt)),
         stored=stored,
         tail=tail,
+        at_tail=at_tail,
         max_tokens=max_tokens,
     )
 
@@ -231,7 +233,8 @@ def plan_inexact(config: TruncationConfig, window: int, plan: TurnPlan) -> TurnP
     """The plan that takes what is left of the text as if it were all that was said."""
     known = plan.truncations[: plan.num_known]
     lost = Truncation(at=plan.num_history, dropped=(), method="lost")
-    return plan_next(config, window, plan, plan.prompt, (*known, lost), plan.num_history)
+    known += (lost,)
+    return plan_next(config, window, plan, plan.prompt, known, plan.num_history)
 
 
 def plan_next(

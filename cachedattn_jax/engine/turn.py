@@ -77,7 +77,7 @@ class Turn:
         decision, decision_reason: what became of stored pages, and why.
         num_truncations: how often something was dropped for it.
         is_exact: False where pages that were kept across a truncation were lost and not
-            rebuilt, in this turn or before: what follows is not what it would have been.
+            rebuilt, in this turn or before: the reply is not what it would have been.
     """
 
     request: Request

@@ -220,7 +220,7 @@ class Leases:
         lease.slots = lease.slots[:0]
 
     def abandon(self, lease: Lease) -> None:
-        """Releases a lease whose pages are of no use any more; they lose their slots."""
+        """Releases a lease whose pages are of no use; they lose their slots."""
         entries = lease.entries
         self.release(lease)
         for entry in filter(None, entries):
