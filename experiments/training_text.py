@@ -5,10 +5,10 @@ Knows documentation, bytes and the lines of the retrieval task. Does not know mo
 The retrieval task follows LongEval: lines with a name and a value, later one of them is
 begun again, and its value is asked for:
 
-    line kx: 47
-    line qa: 03
+    kx=47
+    qa=03
     ...
-    line kx: 47      <- the two digits are the answer
+    kx=47      <- the two digits are the answer
 """
 
 import ast
@@ -22,7 +22,7 @@ import numpy as np
 
 _LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
 _DIGITS = np.frombuffer(b"0123456789", np.uint8)
-_LINE = b"line %b: %b\n"
+_LINE = b"%b=%b\n"
 LINE_BYTES = len(_LINE % (b"kx", b"47"))
 # Where the two digits stand in a line.
 ANSWER = slice(LINE_BYTES - 3, LINE_BYTES - 1)
@@ -68,7 +68,7 @@ def make_lines(rng: np.random.Generator, count: int) -> np.ndarray:
 def retrieval_sample(
     rng: np.random.Generator, text: np.ndarray, num_bytes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Text, lines, and the lines again, half of the time in another order.
+    """Text, lines, maybe text, and the lines again, every other time in another order.
 
     Returns:
         uint8 [num_bytes], and which of them have been there before.
@@ -77,8 +77,10 @@ def retrieval_sample(
     lines = make_lines(rng, count)
     again = lines if rng.random() < 0.5 else lines[rng.permutation(count)]
     filler = crop(rng, text, num_bytes - 2 * lines.size)
-    is_repeated = np.arange(num_bytes) >= num_bytes - again.size
-    return np.concatenate([filler, lines.ravel(), again.ravel()]), is_repeated
+    between = int(rng.integers(0, len(filler) + 1)) if rng.random() < 0.5 else 0
+    before = len(filler) - between
+    parts = [filler[:before], lines.ravel(), filler[before:], again.ravel()]
+    return np.concatenate(parts), np.arange(num_bytes) >= num_bytes - again.size
 
 
 def crop(rng: np.random.Generator, text: np.ndarray, num_bytes: int) -> np.ndarray:

@@ -51,11 +51,11 @@ def events(engine, session: str) -> list[tuple[int, list[int]]]:
     ]
 
 
-def assert_equals_dense(engine, session: str, turns) -> None:
+def assert_equals_dense(engine, session: str, turns, is_naive=False) -> None:
     """Every reply is that of dense attention over what the record says was kept."""
     conversation = engine.session(session).token_ids
     spans = [(len(t.prompt), len(t.prompt) + len(t.reply)) for t in turns]
-    expected = replies(events(engine, session), conversation, spans)
+    expected = replies(events(engine, session), conversation, spans, is_naive)
     for turn, (tokens, margins) in zip(turns, expected, strict=True):
         assert_same_reply(turn.reply, tokens, margins)
 
@@ -105,7 +105,7 @@ def test_a_prompt_longer_than_the_window_is_computed_in_pieces():
     engine = engine_of(4, 0.5, 1)
     rng = np.random.default_rng(0)
     first = ask(engine, "long", random_tokens(rng, 3 * WINDOW), max_tokens=30)
-    assert first.num_truncations == 4
+    assert first.num_truncations == 5  # 4 times in the prompt
     second = ask(engine, "long", random_tokens(rng, 7), max_tokens=5)
     assert_equals_dense(engine, "long", [first, second])
     again = ask(engine, "same", first.prompt.tolist(), max_tokens=5)
@@ -268,6 +268,43 @@ def test_recomputing_policies_equal_a_fresh_engine_that_is_given_what_is_left(po
     assert rest.reply == first.reply[WINDOW + 1 - 60 :]
     second = ask(engine, "a", random_tokens(rng, 50), max_tokens=5)
     assert second.num_truncations == 1 and second.tokens_from.recomputed > 0
+    assert_nothing_leaked(engine)
+
+
+def test_the_naive_policy_keeps_keys_at_the_positions_they_had():
+    engine = make_engine(page_tokens=4, truncation=TruncationConfig(policy="naive"))
+    rng = np.random.default_rng(0)
+    turns = [
+        ask(engine, "a", random_tokens(rng, 61), max_tokens=90),
+        ask(engine, "a", random_tokens(rng, 50), max_tokens=20),
+    ]
+    assert all(turn.num_truncations for turn in turns)
+    assert_equals_dense(engine, "a", turns, is_naive=True)
+    assert_nothing_leaked(engine)
+
+
+@pytest.mark.parametrize("tier", list(Tier))
+def test_discarded_tokens_are_gone_and_the_others_move_up(tier):
+    engine = engine_of(4)
+    rng = np.random.default_rng(0)
+    name = f"discard-{tier}"
+    turns = [ask(engine, name, random_tokens(rng, 50), max_tokens=9)]
+    session = engine.session(name)
+    session.discard([7, 8, 20, 33, 34, 35, 36, 57])
+    move_down(engine, tier)
+    turns.append(ask(engine, name, random_tokens(rng, 5), max_tokens=70))
+    assert turns[-1].tokens_from.recomputed == 0
+    session.discard(rng.permutation(np.arange(100, 120))[:9].tolist())
+    turns.append(ask(engine, name, random_tokens(rng, 5), max_tokens=9))
+    assert_equals_dense(engine, name, turns)
+    lose(engine, name, 3)
+    turns.append(ask(engine, name, random_tokens(rng, 2), max_tokens=9))
+    assert turns[-1].is_exact and turns[-1].tokens_from.recomputed > 0
+    assert_equals_dense(engine, name, turns)
+    with pytest.raises(ValueError, match="token 7 of session.*cannot be discarded"):
+        session.discard([9, 7])
+    with pytest.raises(ValueError, match="first .* tokens"):
+        session.discard([len(session.token_ids) - 1])
     assert_nothing_leaked(engine)
 
 

@@ -16,9 +16,14 @@ from tests.engines import tiny_model
 
 
 class DenseCache:
-    """Keys and values of one conversation, as the model sees it."""
+    """Keys and values of one conversation, as the model sees it.
 
-    def __init__(self) -> None:
+    Args:
+        is_naive: keys stay at the positions at which they were computed.
+    """
+
+    def __init__(self, is_naive: bool = False) -> None:
+        self.is_naive, self.places = is_naive, np.zeros(0, np.float32)
         config, _ = tiny_model()
         shape = (config.num_layers, 0, config.num_kv_heads, config.head_dim)
         self.key, self.value = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -30,6 +35,9 @@ class DenseCache:
     def drop(self, positions) -> None:
         self.key = np.delete(self.key, positions, axis=1)
         self.value = np.delete(self.value, positions, axis=1)
+        self.places = np.delete(self.places, positions)
+        if not self.is_naive:
+            self.places = np.arange(self.length, dtype=np.float32)
 
     def feed(self, token: int) -> np.ndarray:
         """Computes one token; its logits."""
@@ -40,8 +48,10 @@ class DenseCache:
             np.int32(token),
             np.pad(self.key, padding),
             np.pad(self.value, padding),
+            np.pad(self.places, (0, room)),
             np.int32(self.length),
         )
+        self.places = np.append(self.places, np.float32(self.length))
         self.key = np.concatenate([self.key, np.asarray(key)], axis=1)
         self.value = np.concatenate([self.value, np.asarray(value)], axis=1)
         return np.asarray(logits)
@@ -57,10 +67,11 @@ def _rotate(x, position):
 
 
 @functools.partial(jax.jit)
-def _feed(token, keys, values, length):
+def _feed(token, keys, values, positions, length):
     config, params = tiny_model()
     x = embed(config, params, token[None])
     places = jnp.arange(keys.shape[1])
+    positions = jnp.where(places == length, length.astype(jnp.float32), positions)
     fresh_keys, fresh_values = [], []
     for layer, weights in enumerate(params.layers):
 
@@ -70,7 +81,7 @@ def _feed(token, keys, values, length):
             is_new = (places == length)[:, None, None]
             all_keys = jnp.where(is_new, key, keys[layer])
             all_values = jnp.where(is_new, value, values[layer])
-            rotated = _rotate(all_keys, places.astype(jnp.float32))
+            rotated = _rotate(all_keys, positions)
             here = jnp.broadcast_to(length, (1,)).astype(jnp.float32)
             groups = config.num_heads // config.num_kv_heads
             score = jnp.einsum(
@@ -84,7 +95,9 @@ def _feed(token, keys, values, length):
     return unembed(config, params, x)[0], jnp.stack(fresh_keys), jnp.stack(fresh_values)
 
 
-def replies(truncations, conversation, turns) -> list[tuple[list[int], list[float]]]:
+def replies(
+    truncations, conversation, turns, is_naive=False
+) -> list[tuple[list[int], list[float]]]:
     """Greedy replies, with margins, of a conversation whose truncations are known.
 
     Args:
@@ -92,7 +105,7 @@ def replies(truncations, conversation, turns) -> list[tuple[list[int], list[floa
         conversation: all tokens, as far as they are known beforehand.
         turns: (where a reply begins, where it ends) of each.
     """
-    cache, left, found = DenseCache(), list(truncations), []
+    cache, left, found = DenseCache(is_naive), list(truncations), []
     logits = np.zeros(0)
     after = {}
     for index, token in enumerate(conversation):

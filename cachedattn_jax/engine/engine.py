@@ -4,7 +4,7 @@ Knows how the parts are put together. Does not know how a turn goes on: see `loo
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 
@@ -152,6 +152,13 @@ class Engine:
         """
         self._check_quiet(tenant, session_id)
         self.store.rewind(tenant, session_id, num_tokens)
+
+    def discard(
+        self, tenant: str, session_id: str, token_indices: Sequence[int]
+    ) -> None:
+        """Takes tokens out of a session's context; see `Session.discard`."""
+        self._check_quiet(tenant, session_id)
+        self.store.discard(tenant, session_id, token_indices)
 
     def forget(self, tenant: str, session_id: str) -> None:
         """Deletes a session and its pages; ValueError while it has a turn under way."""

@@ -155,8 +155,7 @@ class Job:
             cost_model.observe_load("host", copy.num_bytes, end - start)
         if not inbound.loads:
             ((start, end),) = _in_order(self.prefill.computes)
-            num_tokens = sum(chunk.num_tokens for chunk in self.prefill.chunks)
-            cost_model.observe_prefill(num_tokens, cached, end - start)
+            cost_model.observe_prefill(self.prefill.num_tokens, cached, end - start)
 
     def note_prefill(self, timeline: Timeline) -> None:
         """Measures the prefill, whose first token is known, and notes its events."""

@@ -249,7 +249,11 @@ class Loop:
             is_preloading=self._config.is_preloading,
             on_group=lambda group: self._save_group(job, group),
         )
-        turn.num_chunk_tokens = job.prefill.num_padded
+        if turn.reply:
+            turn.num_recomputed_midway += job.prefill.num_tokens - 1
+        else:
+            turn.num_chunk_tokens = 0
+        turn.num_chunk_tokens += job.prefill.num_padded
 
     def _saves_meanwhile(self, job: Job) -> bool:
         is_reusing = self._config.reuse == "cached"

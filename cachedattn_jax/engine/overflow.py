@@ -12,6 +12,7 @@ from cachedattn_jax.engine.prefill import Segment
 from cachedattn_jax.engine.rewrite import Rewrite, plan_rewrite
 from cachedattn_jax.engine.staging import NoSlots
 from cachedattn_jax.engine.truncation import TruncationConfig, truncate_full
+from cachedattn_jax.store.chain import first_rewritten
 from cachedattn_jax.store.tiered_store import TieredStore
 from cachedattn_jax.store.truncation import Context, Truncation, context_after
 
@@ -89,10 +90,10 @@ class Overflow:
         lease, step = job.lease, self._store.layout.page_tokens
         num_held = -(-context.position(truncation.at) // step)
         before = job.page_table.copy()
+        changed = True
         if truncation.rewrites_pages:
-            changed = self._store.leases.own(lease, range(num_held))
-        else:
-            changed = True
+            rewritten = range(first_rewritten(truncation, step), num_held)
+            changed = self._store.leases.own(lease, rewritten)
         if truncation.method != "repack":
             ((start, stop),) = truncation.dropped
             pages = range(start // step, stop // step)

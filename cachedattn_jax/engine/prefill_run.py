@@ -83,6 +83,11 @@ class PrefillRun:
         return self.group == self._programs.num_groups
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens computed."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
     def num_padded(self) -> int:
         """Tokens computed, padding included."""
         return sum(chunk.x.shape[1] for chunk in self.chunks)

@@ -128,15 +128,15 @@ def _next(
     if config.policy == "truncate_tokens_recompute":
         stop = start + max(1, usual, excess)
         return Truncation(at=at, dropped=((start, stop),), method="recompute")
-    num_pages = max(
-        pages_to_drop(window, page_tokens, config.ratio), -(-excess // page_tokens)
-    )
+    usual_pages = pages_to_drop(window, page_tokens, config.ratio)
+    least_pages = -(-excess // page_tokens)
+    num_pages = max(usual_pages, least_pages)
     if config.policy == "invalidate":
         stop = start + num_pages * page_tokens
         return Truncation(at=at, dropped=((start, stop),), method="recompute")
-    if context.position(at) // page_tokens - first < -(-excess // page_tokens):
+    if context.position(at) // page_tokens - first < least_pages:
         # The history is too short: the window fills up before something is dropped.
-        at = context.token(window - 1) + 1
+        at, num_pages = context.token(window - 1) + 1, usual_pages
     num_droppable = context.position(at) // page_tokens - first
     stop = start + min(num_pages, num_droppable) * page_tokens
     method = "naive" if config.policy == "naive" else "pages"

@@ -76,6 +76,8 @@ class Turn:
         exposed_stall_s: the part of it that its computing waited for.
         decision, decision_reason: what became of stored pages, and why.
         num_truncations: how often something was dropped for it.
+        num_recomputed_midway: tokens computed again in the middle of the reply, by
+            policies that do so when the window is full.
         is_exact: False where pages that were kept across a truncation were lost and not
             rebuilt, in this turn or before: the reply is not what it would have been.
     """
@@ -99,6 +101,7 @@ class Turn:
     decision: str = "nothing_stored"
     decision_reason: str = ""
     num_truncations: int = 0
+    num_recomputed_midway: int = 0
     is_exact: bool = True
     is_cancel_requested: bool = False
 
@@ -149,6 +152,7 @@ class Turn:
             "output_tokens": len(self.reply),
             "finish_reason": self.finish_reason,
             "truncations": self.num_truncations,
+            "recomputed_midway": self.num_recomputed_midway,
             "is_exact": self.is_exact,
             "ttft_s": self.ttft_s,
             "queue_s": self.queue_s,

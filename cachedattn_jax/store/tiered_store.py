@@ -7,7 +7,8 @@ bytes.
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ from cachedattn_jax.store.placement.placement import Placement
 from cachedattn_jax.store.placement.tier import Tier
 from cachedattn_jax.store.root import Root
 from cachedattn_jax.store.saver import Saver
+from cachedattn_jax.store.truncation import Context, Truncation, context_after
 from cachedattn_jax.store.watcher import Watcher
 from cachedattn_jax.timeline import Timeline
 
@@ -213,6 +215,29 @@ class TieredStore:
                 f" it has {num_known}"
             )
         self.catalog.commit(record.cut(num_tokens))
+
+    def discard(self, tenant: str, session_id: str, tokens: Sequence[int]) -> None:
+        """Notes that tokens left a session's context; ValueError if they are not in it.
+
+        They are the token-discarding list of the paper's section 3.4.
+        """
+        record = self.catalog.find(tenant, session_id)
+        num_cached = 0 if record is None else record.cached_length
+        context = Context() if record is None else context_after(record.truncations)
+        places = sorted(set(map(int, tokens)))
+        for token in places:
+            is_known = 0 <= token < num_cached
+            if not is_known or context.token(context.position(token)) != token:
+                raise ValueError(
+                    f"token {token} of session {session_id!r} cannot be discarded: its"
+                    f" context is what is left of the first {num_cached} tokens"
+                )
+        if record is None or not places:
+            return
+        spans = tuple((p, p + 1) for p in map(context.position, places))
+        new = Truncation(at=num_cached, dropped=spans, method="repack")
+        truncations = (*record.truncations, new)
+        self.catalog.commit(replace(record, truncations=truncations, chain=None))
 
     def forget_session(self, tenant: str, session_id: str) -> None:
         """Forgets a session's record and the pages it answers for; none may be held."""
