@@ -68,19 +68,32 @@ def make_lines(rng: np.random.Generator, count: int) -> np.ndarray:
 def retrieval_sample(
     rng: np.random.Generator, text: np.ndarray, num_bytes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Text, lines, maybe text, and the lines again, every other time in another order.
+    """Groups of lines, each followed by the same lines again, and maybe text between.
+
+    Mostly small groups: a model finds out what to do from near repetitions first.
 
     Returns:
         uint8 [num_bytes], and which of them have been there before.
     """
-    count = int(rng.integers(1, num_bytes // (2 * LINE_BYTES) + 1))
-    lines = make_lines(rng, count)
-    again = lines if rng.random() < 0.5 else lines[rng.permutation(count)]
-    filler = crop(rng, text, num_bytes - 2 * lines.size)
-    between = int(rng.integers(0, len(filler) + 1)) if rng.random() < 0.5 else 0
-    before = len(filler) - between
-    parts = [filler[:before], lines.ravel(), filler[before:], again.ravel()]
-    return np.concatenate(parts), np.arange(num_bytes) >= num_bytes - again.size
+    parts: list[np.ndarray] = []
+    is_repeated: list[np.ndarray] = []
+    num_left = num_bytes
+    while num_left > 0:
+        count = min(int(rng.geometric(0.2)), 1 + num_left // (2 * LINE_BYTES))
+        lines = make_lines(rng, count)
+        again = lines if rng.random() < 0.5 else lines[rng.permutation(count)]
+        room = max(0, num_left - 2 * lines.size)
+        between = int(rng.integers(0, room + 1)) if rng.random() < 0.2 else 0
+        for part, repeats in (
+            (lines.ravel(), False),
+            (crop(rng, text, between), False),
+            (again.ravel(), True),
+        ):
+            parts.append(part)
+            is_repeated.append(np.full(len(part), repeats))
+            num_left -= len(part)
+    tokens, weights = np.concatenate(parts), np.concatenate(is_repeated)
+    return tokens[:num_bytes], weights[:num_bytes]
 
 
 def crop(rng: np.random.Generator, text: np.ndarray, num_bytes: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from cachedattn_jax.engine.overflow import Overflow
 from cachedattn_jax.engine.request import Request
 from cachedattn_jax.engine.truncation import TruncationConfig
 from cachedattn_jax.model.config import RopeScaling
+from cachedattn_jax.store.catalog import SessionRecord
 from cachedattn_jax.store.chain import Chain
 from cachedattn_jax.store.placement.tier import Tier
 from tests.engines import (
@@ -42,12 +44,23 @@ def move_down(engine, tier: Tier) -> None:
         engine.store.empty(Tier.HOST)
 
 
+def record_of(engine, session: str) -> SessionRecord:
+    record = engine.store.catalog.find("default", session)
+    assert record is not None
+    return record
+
+
+def chain_of(engine, session: str) -> Chain:
+    chain = record_of(engine, session).chain
+    assert chain is not None
+    return chain
+
+
 def events(engine, session: str) -> list[tuple[int, list[int]]]:
     """What the record says was dropped, and when."""
-    record = engine.store.catalog.find("default", session)
     return [
         (item.at, [p for span in item.dropped for p in range(*span)])
-        for item in record.truncations
+        for item in record_of(engine, session).truncations
     ]
 
 
@@ -77,7 +90,7 @@ def test_after_any_truncations_tokens_equal_dense_attention_over_what_was_kept(
         assert turn.finish_reason == "length" and turn.is_exact
         assert turn.tokens_from.recomputed == 0
         assert turn.tokens_from.dropped == num_dropped or turn.num_truncations
-        record = engine.store.catalog.find("default", session)
+        record = record_of(engine, session)
         num_dropped = sum(item.num_dropped for item in record.truncations)
         move_down(engine, list(Tier)[rng.integers(3)])
         chain = Chain(layout=engine.store.layout, salt=b"default")
@@ -174,7 +187,7 @@ def test_two_thousand_tokens_past_the_window_take_no_memory_and_no_recomputation
 def num_programs() -> int:
     from cachedattn_jax.engine import decode, prefill, rewrite
 
-    jitted = [decode._step, prefill._group, prefill._embed, rewrite._move]
+    jitted: list[Any] = [decode._step, prefill._group, prefill._embed, rewrite._move]
     return sum(program._cache_size() for program in jitted)
 
 
@@ -184,9 +197,9 @@ def test_a_reply_goes_on_without_waiting_for_a_token(monkeypatch):
     unknown = []
     original = Overflow.make_room
 
-    def make_room(self, job):
+    def make_room(self, job, settle):
         unknown.append(job.num_dispatched - len(job.turn.reply))
-        return original(self, job)
+        return original(self, job, settle)
 
     monkeypatch.setattr(Overflow, "make_room", make_room)
     ask(engine, "a", random_tokens(np.random.default_rng(0), 20), max_tokens=150)
@@ -214,7 +227,7 @@ def test_keys_after_a_truncation_never_meet_those_without_one():
     ask(truncated, "a", more, max_tokens=1)
     kept = truncated.session("a").token_ids[48:]
     ask(plain, "a", kept, max_tokens=1)
-    chains = [e.store.catalog.find("default", "a").chain for e in (plain, truncated)]
+    chains = [chain_of(engine, "a") for engine in (plain, truncated)]
     assert len(chains[0].keys) == len(chains[1].keys)
     assert not set(chains[0].keys) & set(chains[1].keys)
 
@@ -252,7 +265,7 @@ def test_a_page_that_would_take_too_long_to_rebuild_makes_the_turn_inexact():
 
 def lose(engine, session: str, page: int) -> None:
     """Makes a page of a session disappear from every tier."""
-    chain = engine.store.catalog.find("default", session).chain
+    chain = chain_of(engine, session)
     engine.store._evictor.retire(engine.store.index.find(chain.keys[page]))
 
 

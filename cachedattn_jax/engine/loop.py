@@ -19,7 +19,7 @@ from cachedattn_jax.engine.prefill import Prefill
 from cachedattn_jax.engine.running import Running
 from cachedattn_jax.engine.sampling import sampling_batch
 from cachedattn_jax.engine.scheduler import Scheduler
-from cachedattn_jax.engine.staging import NoSlots, Staging
+from cachedattn_jax.engine.staging import Staging
 from cachedattn_jax.engine.turn import Turn
 from cachedattn_jax.store.groupwise_save import GroupwiseSave
 from cachedattn_jax.store.tiered_store import TieredStore
@@ -129,10 +129,9 @@ class Loop:
 
     def _decode_batch(self) -> None:
         """Dispatches one step for every turn that still needs tokens."""
-        for job in [job for job in self._running.decoding if job.needs_tokens]:
-            if self._overflow.is_full(job) and not job.is_overflowed:
-                with self._ending.guard([job]):
-                    self._make_room(job)
+        for job in filter(self._overflow.is_full, self._running.ready):
+            with self._ending.guard([job]):
+                self._overflow.make_room(job, lambda: self._collect(leave=0))
         jobs = self._running.ready
         if not jobs:
             return
@@ -199,30 +198,13 @@ class Loop:
         with self._ending.guard([job]):
             self._begin_prefill(job)
 
-    def _make_room(self, job: Job) -> None:
-        """Drops what a running turn has no place for in the window any more."""
-        truncation = self._config.truncation
-        if truncation.computes_anew:
-            job.is_overflowed = True
-            return
-        if truncation.policy == "naive":
-            self._collect(leave=0)  # its pages get other keys, which need the tokens
-        if job.turn.is_finished:
-            return
-        try:
-            self._overflow.make_room(job)
-        except NoSlots:
-            self._store.counters["truncations_without_room"] += 1
-            job.max_tokens = job.num_dispatched
-
     def _restart_overflowed(self) -> None:
         """Computes anew what a truncation left of a turn, if one waits for that."""
         running = self._running
         if running.overflowed is None or running.prefilling is not None:
             return
         self._collect(leave=0)
-        job = running.overflowed
-        if job is None:
+        if (job := running.overflowed) is None:
             return
         with self._ending.guard([job]):
             self._staging.restart(job, self._overflow.next(job))

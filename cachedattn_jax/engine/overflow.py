@@ -4,6 +4,8 @@ Knows leases and page tables. Does not know how tokens are computed. Paper, sect
 with positions that are not stored, a truncation is a change of the page table.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from cachedattn_jax.engine.job import Job
@@ -43,26 +45,41 @@ class Overflow:
         step, at = self._store.layout.page_tokens, job.num_tokens - 1
         return truncate_full(self._config, self._window, step, job.context, at)
 
-    def make_room(self, job: Job) -> None:
-        """Drops pages of a running turn, which goes on at once: no token is awaited.
+    def make_room(self, job: Job, settle: Callable[[], None]) -> None:
+        """Drops what a running turn has no place for in the window any more.
 
-        Raises:
-            NoSlots: the turn is as it was.
+        It goes on at once: no token is awaited. Where what is left has to be computed
+        anew, it is only noted that it overflowed.
+
+        Args:
+            settle: waits for all tokens under way, for a policy that needs them.
         """
+        if self._config.computes_anew:
+            job.is_overflowed = True
+            return
+        if self._config.policy == "naive":
+            settle()  # pages get other keys, which are made of tokens
+        if job.turn.is_finished:
+            return
         truncation = self.next(job)
-        rewrite = self._apply(job, truncation, job.context)
+        try:
+            rewrite = self._apply(job, truncation, job.context)
+        except NoSlots:
+            self._store.counters["truncations_without_room"] += 1
+            job.max_tokens = job.num_dispatched
+            return
         job.truncate(truncation)
+        self._store.counters["truncations"] += 1
         if rewrite is not None:
             for group in range(self._store.layout.num_groups):
                 rewrite.run(self._store.pool, group, self._dtype)
             job.follow_rewrite()
-        self._store.counters["truncations"] += 1
 
     def segments(self, job: Job) -> list[Segment]:
         """What a prefill computes, with the page table that each piece has.
 
         Raises:
-            NoSlots: see above.
+            NoSlots: running turns hold slots that are needed.
         """
         segments = []
         number = job.plan.stored.num_truncations

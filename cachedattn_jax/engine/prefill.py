@@ -161,7 +161,7 @@ class Prefill:
             )
             start += num_tokens
 
-    def dispatch(self, group: int, step: Chunk | Rewrite) -> None:
+    def compute(self, group: int, step: Chunk | Rewrite) -> None:
         """Dispatches one step in one layer group."""
         if isinstance(step, Rewrite):
             step.run(self._pool, group, self._config.dtype)

@@ -135,7 +135,7 @@ class PrefillRun:
             self.installs.append((started_s, programs.watcher.watch(installs)))
         started_s = time.monotonic()
         for step in self.steps:
-            programs.dispatch(group, step)
+            programs.compute(group, step)
         if inbound is not None:
             if not programs.puts_first:
                 inbound.put_through(group + 1 + self._ahead)

@@ -7,23 +7,16 @@ prefill runs.
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 
 from cachedattn_jax.engine.cost_model import CostModel
-from cachedattn_jax.engine.decision import Decision
 from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.job import Job
-from cachedattn_jax.engine.plan import (
-    TurnPlan,
-    plan_inexact,
-    plan_next,
-    plan_turn,
-)
+from cachedattn_jax.engine.plan import plan_next
+from cachedattn_jax.engine.prospect import Prospect, Prospects, copied
 from cachedattn_jax.engine.scheduler import Scheduler
 from cachedattn_jax.engine.turn import Turn
-from cachedattn_jax.store.page_index import PageEntry
 from cachedattn_jax.store.tiered_store import TieredStore
 from cachedattn_jax.store.truncation import Truncation
 
@@ -51,25 +44,6 @@ def _blamed_on(turn: Turn) -> Iterator[None]:
         raise BadTurn(turn, error) from error
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Prospect:
-    """What a waiting turn would hold if it were leased now."""
-
-    plan: TurnPlan
-    found: list[PageEntry]
-    decision: Decision
-
-    @property
-    def num_pages(self) -> int:
-        """Pages the turn may grow to, the window not considered."""
-        step = self.plan.whole.layout.page_tokens
-        return -(-(self.plan.context_tokens + self.plan.max_tokens) // step)
-
-    @property
-    def has_loads(self) -> bool:
-        return any(entry.slot is None for entry in self.found)
-
-
 class Staging:
     """Leases turns ahead of their prefill, so that their pages are there in time.
 
@@ -91,6 +65,7 @@ class Staging:
         self._store = store
         self._scheduler = scheduler
         self._cost_model = cost_model
+        self._prospects = Prospects(config, window, store, cost_model)
         self._pages_per_sequence = store.layout.num_pages(window)
         self._looked_at: weakref.WeakSet[Turn] = weakref.WeakSet()
 
@@ -104,7 +79,7 @@ class Staging:
                 continue
             self._looked_at.add(turn)
             with _blamed_on(turn):
-                prospect = self._prospect(turn)
+                prospect = self._prospects.of(turn)
                 if prospect.has_loads and self._lease(turn, prospect) is None:
                     return
         for turn, job in self.jobs.items():
@@ -124,7 +99,7 @@ class Staging:
         passed: list[Job] = []
         for turn in self._scheduler.startable(1 + self._config.max_staged):
             with _blamed_on(turn):
-                job = self.jobs.get(turn) or self._lease(turn, self._prospect(turn))
+                job = self.jobs.get(turn) or self._lease(turn, self._prospects.of(turn))
                 if job is None and not passed:
                     job = self._lease_first(turn)
                 if job is None:
@@ -161,7 +136,7 @@ class Staging:
     def renew(self, job: Job) -> None:
         """Leases anew after some of a job's pages turned out bad."""
         self._store.leases.release(job.lease)
-        prospect = self._prospect(job.turn)
+        prospect = self._prospects.of(job.turn)
         lease = self._acquire(job.turn, prospect)
         assert lease is not None  # it takes the slots just given back
         self._fill(job, prospect, lease)
@@ -179,7 +154,7 @@ class Staging:
         )
         job.turn.num_truncations += 1
         job.num_published = 0
-        prospect = self._prospect_of(job.turn, plan)
+        prospect = self._prospects.of_plan(job.turn, plan)
         lease = self._acquire(job.turn, prospect)
         if lease is None:  # only where shared pages were most of what it gave back
             raise NoSlots("running turns hold all slots that a truncation needs")
@@ -201,57 +176,7 @@ class Staging:
         self.renew(job)
         return True
 
-    def _prospect(self, turn: Turn) -> _Prospect:
-        request, store = turn.request, self._store
-        record = store.catalog.find(request.tenant, request.session_id)
-        turn.turn_index = 0 if record is None else record.num_turns
-        truncation = self._config.truncation
-        plan = plan_turn(store.layout, truncation, self._window, request, record)
-        return self._prospect_of(turn, plan)
-
-    def _prospect_of(self, turn: Turn, plan: TurnPlan) -> _Prospect:
-        plan, found = self._find(turn, plan)
-        limit = self._config.truncation.max_replay_tokens
-        if limit is not None and plan.num_replayed > limit:
-            plan = plan_inexact(self._config.truncation, self._window, plan)
-            plan, found = self._find(turn, plan)
-        decision = self._decide(plan, found)
-        if decision.num_pages < len(found):
-            fewer, keys = plan.before(decision.num_pages), [e.key for e in found]
-            if fewer.needs_no_more(keys[: decision.num_pages]):
-                plan, found = fewer, found[: decision.num_pages]
-            else:
-                decision = Decision.kept(len(found))
-        return _Prospect(plan=plan, found=found, decision=decision)
-
-    def _find(self, turn: Turn, plan: TurnPlan) -> tuple[TurnPlan, list[PageEntry]]:
-        """Where computing can start from what is stored, and the pages it needs."""
-        while True:
-            found: list[PageEntry] = []
-            if self._config.reuse == "cached":
-                leases = self._store.leases
-                found = leases.find(turn.session, plan.stored.keys, plan.tail)
-            if self._config.loading == "never":
-                found = found[: _num_resident(found)]
-            if plan.tail is not None and found and found[-1].key == plan.tail.key:
-                return plan.from_tail(), found
-            plan = plan.before(len(found))
-            if plan.needs_no_more([entry.key for entry in found]):
-                return plan, found
-
-    def _decide(self, plan: TurnPlan, found: list[PageEntry]) -> Decision:
-        forced = {"always": len(found), "never": _num_resident(found)}
-        if self._config.loading in forced:
-            return Decision.forced(self._config.loading, forced[self._config.loading])
-        is_tail = plan.tail is not None and len(found) > plan.tail.index
-        return self._cost_model.decide(
-            [entry.tiers[0].value for entry in found],
-            plan.context_tokens,
-            tail_tokens=len(plan.tail.token_ids) if is_tail and plan.tail else 0,
-            copied=_copied(found),
-        )
-
-    def _acquire(self, turn: Turn, prospect: _Prospect):
+    def _acquire(self, turn: Turn, prospect: Prospect):
         plan = prospect.plan
         num_pages = min(prospect.num_pages, self._pages_per_sequence)
         if plan.truncates_meanwhile:
@@ -264,7 +189,7 @@ class Staging:
             self._store.lose(turn.session)
         return lease
 
-    def _lease(self, turn: Turn, prospect: _Prospect) -> Job | None:
+    def _lease(self, turn: Turn, prospect: Prospect) -> Job | None:
         assert turn not in self.jobs
         lease = self._acquire(turn, prospect)
         if lease is None:
@@ -287,9 +212,9 @@ class Staging:
         staged = list(self.jobs)
         for behind in staged:
             self.drop(behind)
-        return self._lease(turn, self._prospect(turn)) if staged else None
+        return self._lease(turn, self._prospects.of(turn)) if staged else None
 
-    def _fill(self, job: Job, prospect: _Prospect, lease) -> None:
+    def _fill(self, job: Job, prospect: Prospect, lease) -> None:
         job.plan, job.decision, job.lease = prospect.plan, prospect.decision, lease
         plan = job.plan
         job.chain, job.truncations = plan.stored, plan.truncations
@@ -308,7 +233,7 @@ class Staging:
         held = list(filter(None, lease.entries))
         from_disk = sum(e.slot is None and e.slab is None for e in held)
         groups = self._cost_model.read_ahead(
-            sum(_copied(held)) - from_disk,
+            sum(copied(held)) - from_disk,
             from_disk,
             job.plan.context_tokens - lease.cached_tokens,
             lease.cached_tokens,
@@ -323,21 +248,3 @@ class Staging:
         inbound = job.lease.inbound
         inbound.put_through(max(1, job.read_ahead))
         return inbound.has_arrived(max(1, min(job.read_ahead, inbound.num_groups)) - 1)
-
-
-def _num_resident(found: list[PageEntry]) -> int:
-    """Pages at the beginning that lie on the device."""
-    return next((i for i, entry in enumerate(found) if entry.slot is None), len(found))
-
-
-def _copied(found: list[PageEntry]) -> list[int]:
-    """Pages that travel for each page, and not already for one before it."""
-    runs: set[int] = set()
-    copied = []
-    for entry in found:
-        pages = int(entry.slot is None)
-        if entry.slot is None and entry.slab is not None:
-            pages = 0 if id(entry.slab) in runs else entry.slab.num_rows
-            runs.add(id(entry.slab))
-        copied.append(pages)
-    return copied
