@@ -8,6 +8,7 @@ import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,9 @@ from cachedattn_jax.model.layers import INIT_STDDEV
 from cachedattn_jax.model.llama import LlamaParams, init_params, model_of
 from experiments.training_text import Corpus, crop, retrieval_sample
 
-
 # The first number of every embedding at the start, so that heads can ignore the rest.
 _CONSTANT = 2.0
-# Of the heads that look back; they give 4 of 5 parts of their weight to one byte.
+# Of the heads that look back: one byte gets nearly all of their weight.
 _SHARPNESS = 2.0
 
 
@@ -103,7 +103,7 @@ def _train(config: TrainingConfig, corpus: Corpus, console: Console) -> LlamaPar
         optax.clip_by_global_norm(1.0),
         optax.adamw(schedule, b2=0.98, weight_decay=0.01),
     )
-    params = initial(config)
+    params: Any = initial(config)
     state = optimiser.init(params)
     step = _step_of(config.model, optimiser)
     rng = np.random.default_rng(config.seed)
@@ -151,9 +151,7 @@ def initial(config: TrainingConfig) -> LlamaParams:
     embedding = params.embedding * jnp.asarray(0.5 / INIT_STDDEV, jnp.float32)
     embedding = embedding.at[:, 0].set(_CONSTANT)
     first = _looking_back(config.model, layers[0])
-    return dataclasses.replace(
-        params, layers=(first, *layers[1:]), embedding=embedding
-    )
+    return dataclasses.replace(params, layers=(first, *layers[1:]), embedding=embedding)
 
 
 def _looking_back(model: LlamaConfig, layer: dict) -> dict:

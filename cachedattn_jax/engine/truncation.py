@@ -102,7 +102,8 @@ def plan_truncations(
     planned, at = tuple(truncations), num_cached
     while config.policy != "refuse" and context.position(num_tokens) > window:
         excess = context.position(num_tokens) - window
-        new = _next(config, window, page_tokens, context, at, excess)
+        fills_up = len(planned) > len(truncations)
+        new = _next(config, window, page_tokens, context, at, excess, fills_up)
         at = new.at
         planned, context = (*planned, new), context.without(new.dropped)
     return planned
@@ -112,7 +113,7 @@ def truncate_full(
     config: TruncationConfig, window: int, page_tokens: int, context: Context, at: int
 ) -> Truncation:
     """What makes room for one more token when the window is full."""
-    return _next(config, window, page_tokens, context, at, excess=1)
+    return _next(config, window, page_tokens, context, at, 1, fills_up=True)
 
 
 def _next(
@@ -122,7 +123,13 @@ def _next(
     context: Context,
     at: int,
     excess: int,
+    fills_up: bool,
 ) -> Truncation:
+    """What is dropped next.
+
+    Args:
+        fills_up: whether the window fills up before.
+    """
     first, usual = config.keep_first_pages, int(config.ratio * window)
     start = first * page_tokens
     if config.policy == "truncate_tokens_recompute":
@@ -134,8 +141,8 @@ def _next(
     if config.policy == "invalidate":
         stop = start + num_pages * page_tokens
         return Truncation(at=at, dropped=((start, stop),), method="recompute")
-    if context.position(at) // page_tokens - first < least_pages:
-        # The history is too short: the window fills up before something is dropped.
+    if fills_up or context.position(at) // page_tokens - first < least_pages:
+        # Dropping all of a history that is too short would help for a moment only.
         at, num_pages = context.token(window - 1) + 1, usual_pages
     num_droppable = context.position(at) // page_tokens - first
     stop = start + min(num_pages, num_droppable) * page_tokens
