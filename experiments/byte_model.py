@@ -19,14 +19,9 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 from cachedattn_jax.model.checkpoint import load_checkpoint, save_checkpoint
 from cachedattn_jax.model.config import LlamaConfig
-from cachedattn_jax.model.layers import INIT_STDDEV
-from cachedattn_jax.model.llama import LlamaParams, init_params, model_of
+from cachedattn_jax.model.llama import LlamaParams, model_of
+from experiments.initial_params import initial_params
 from experiments.training_text import Corpus, crop, retrieval_sample
-
-# The first number of every embedding at the start, so that heads can ignore the rest.
-_CONSTANT = 2.0
-# Of the heads that look back: one byte gets nearly all of their weight.
-_SHARPNESS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +98,7 @@ def _train(config: TrainingConfig, corpus: Corpus, console: Console) -> LlamaPar
         optax.clip_by_global_norm(1.0),
         optax.adamw(schedule, b2=0.98, weight_decay=0.01),
     )
-    params: Any = initial(config)
+    params: Any = initial_params(config.model, config.seed)
     state = optimiser.init(params)
     step = _step_of(config.model, optimiser)
     rng = np.random.default_rng(config.seed)
@@ -112,7 +107,9 @@ def _train(config: TrainingConfig, corpus: Corpus, console: Console) -> LlamaPar
         TimeRemainingColumn(),
         TextColumn("{task.fields[loss]}"),
     ]
-    with Progress(*columns, console=console) as progress:
+    # optax mixes counters and floats.
+    promotion = jax.numpy_dtype_promotion("standard")
+    with promotion, Progress(*columns, console=console) as progress:
         task = progress.add_task(
             f"train {config.model.num_parameters / 1e6:.1f} M parameters",
             total=config.num_steps,
@@ -128,56 +125,6 @@ def _train(config: TrainingConfig, corpus: Corpus, console: Console) -> LlamaPar
                 progress.update(task, loss=loss)
             progress.advance(task)
     return params
-
-
-def initial(config: TrainingConfig) -> LlamaParams:
-    """Random weights for a narrow model.
-
-    Those of `init_params` suit wide ones: here the residual stream would hardly carry
-    the token, and attention would be flat, for the first thousand steps.
-    """
-    params = init_params(config.model, config.seed)
-    depth = (2 * config.num_layers) ** -0.5
-
-    def scaled(path, x):
-        if x.ndim < 2:
-            return x
-        name = jax.tree_util.keystr(path)
-        is_last = "o_proj" in name or "down_proj" in name
-        scale = x.shape[0] ** -0.5 / INIT_STDDEV * (depth if is_last else 1.0)
-        return x * jnp.asarray(scale, x.dtype)
-
-    layers = jax.tree_util.tree_map_with_path(scaled, params.layers)
-    embedding = params.embedding * jnp.asarray(0.5 / INIT_STDDEV, jnp.float32)
-    embedding = embedding.at[:, 0].set(_CONSTANT)
-    first = _looking_back(config.model, layers[0])
-    return dataclasses.replace(params, layers=(first, *layers[1:]), embedding=embedding)
-
-
-def _looking_back(model: LlamaConfig, layer: dict) -> dict:
-    """A first layer whose first two heads look one and two bytes back.
-
-    Their scores are sums of cos((distance - d) * frequency) over the fast frequencies.
-    A model that starts like this learns to find repetitions within hundreds of steps;
-    left to itself it had not after a million bytes.
-    """
-    half = model.head_dim // 2
-    fast = model.inverse_frequencies()[: half // 4]
-    query = np.array(layer["attention"]["q_proj"]["kernel"])
-    key = np.array(layer["attention"]["k_proj"]["kernel"])
-    for head, distance in enumerate((1, 2)):
-        start = head * model.head_dim
-        for kernel, angles in ((query, 0 * fast), (key, distance * fast)):
-            kernel[:, start : start + model.head_dim] = 0.0
-            kernel[0, start : start + len(fast)] = _SHARPNESS * np.cos(angles)
-            place = start + half
-            kernel[0, place : place + len(fast)] = _SHARPNESS * np.sin(angles)
-    attention = {
-        **layer["attention"],
-        "q_proj": {"kernel": jnp.asarray(query)},
-        "k_proj": {"kernel": jnp.asarray(key)},
-    }
-    return {**layer, "attention": attention}
 
 
 def make_batch(

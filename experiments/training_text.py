@@ -5,10 +5,10 @@ Knows documentation, bytes and the lines of the retrieval task. Does not know mo
 The retrieval task follows LongEval: lines with a name and a value, later one of them is
 begun again, and its value is asked for:
 
-    kx=47
-    qa=03
+    Qx
+    Bf
     ...
-    kx=47      <- the two digits are the answer
+    Qx         <- the x is the answer
 """
 
 import ast
@@ -20,12 +20,9 @@ from pydoc_data import topics
 
 import numpy as np
 
-_LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
-_DIGITS = np.frombuffer(b"0123456789", np.uint8)
-_LINE = b"%b=%b\n"
-LINE_BYTES = len(_LINE % (b"kx", b"47"))
-# Where the two digits stand in a line.
-ANSWER = slice(LINE_BYTES - 3, LINE_BYTES - 1)
+_NAMES = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8)
+_VALUES = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
+LINE_BYTES = 3
 # Every so manieth document is kept out of the training.
 _HELD_OUT_EVERY = 20
 
@@ -55,14 +52,9 @@ def as_bytes(text: str) -> np.ndarray:
 
 def make_lines(rng: np.random.Generator, count: int) -> np.ndarray:
     """uint8 [count, LINE_BYTES], lines with different names."""
-    names = rng.choice(26 * 26, count, replace=False)
-    values = rng.integers(0, 100, count)
-    lines = []
-    for name, value in zip(names, values, strict=True):
-        letters = bytes(_LETTERS[[name // 26, name % 26]])
-        digits = bytes(_DIGITS[[value // 10, value % 10]])
-        lines.append(np.frombuffer(_LINE % (letters, digits), np.uint8))
-    return np.stack(lines)
+    names = rng.choice(_NAMES, count, replace=False)
+    values = rng.choice(_VALUES, count)
+    return np.stack([names, values, np.full(count, ord("\n"), np.uint8)], axis=1)
 
 
 def retrieval_sample(
@@ -79,7 +71,7 @@ def retrieval_sample(
     is_repeated: list[np.ndarray] = []
     num_left = num_bytes
     while num_left > 0:
-        count = min(int(rng.geometric(0.2)), 1 + num_left // (2 * LINE_BYTES))
+        count = min(int(rng.geometric(0.15)), len(_NAMES))
         lines = make_lines(rng, count)
         again = lines if rng.random() < 0.5 else lines[rng.permutation(count)]
         room = max(0, num_left - 2 * lines.size)

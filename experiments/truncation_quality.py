@@ -40,8 +40,6 @@ from experiments.training_text import (
 )
 from experiments.truncated_scores import Scorer
 
-_NAME_BYTES = 3  # of a line, before its two digits
-
 
 def run(
     run_directory: RunDirectory,
@@ -162,12 +160,11 @@ def _question(
 def _found(
     scorer: Scorer, questions: list[np.ndarray], policy: TruncationConfig, name: str
 ) -> np.ndarray:
-    """Whether the model says both digits that each question ends with."""
+    """Whether the model says the value that each question ends with."""
     hits = []
     for question in track(questions, description=f"{name}, lines", transient=True):
         logits = scorer.logits(question[:-1], policy)
-        said = logits[-(LINE_BYTES - 1 - _NAME_BYTES) :].argmax(-1)
-        hits.append(bool((said == question[-len(said) :]).all()))
+        hits.append(bool(logits[-1].argmax() == question[-1]))
     return np.asarray(hits)
 
 

@@ -71,6 +71,9 @@ def assert_equals_dense(engine, session: str, turns, is_naive=False) -> None:
     expected = replies(events(engine, session), conversation, spans, is_naive)
     for turn, (tokens, margins) in zip(turns, expected, strict=True):
         assert_same_reply(turn.reply, tokens, margins)
+        if turn.reply == tokens:
+            # Best minus second best logit, of prefill and decode alike.
+            np.testing.assert_allclose(turn.margins, margins, atol=1e-4)
 
 
 @pytest.mark.parametrize(("page_tokens", "ratio", "keep"), [(4, 0.5, 1), (16, 0.3, 0)])
