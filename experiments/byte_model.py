@@ -35,12 +35,12 @@ class TrainingConfig:
             along a cosine.
     """
 
-    hidden_size: int = 256
-    intermediate_size: int = 640
-    num_layers: int = 4
-    num_heads: int = 4
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_layers: int = 3
+    num_heads: int = 2
     window: int = 256
-    batch_size: int = 16
+    batch_size: int = 8
     num_steps: int = 1500
     learning_rate: float = 2e-3
     retrieval_share: float = 0.5

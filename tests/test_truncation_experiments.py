@@ -1,6 +1,7 @@
 """The experiments on truncation: scores equal dense attention, small runs end well."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_the_model_is_trained_once_and_every_policy_is_scored(tmp_path):
         batch_size=4,
         num_steps=3,
     )
-    options = {
+    options: dict[str, Any] = {
         "training": training,
         "checkpoints": str(tmp_path / "kept"),
         "num_texts": 1,
@@ -89,17 +90,16 @@ def test_the_model_is_trained_once_and_every_policy_is_scored(tmp_path):
         "num_questions": 2,
         "num_lines": 3,
     }
-    first = truncation_quality.run(RunDirectory(tmp_path / "a"), **options)
+    runs = [RunDirectory(tmp_path / name) for name in "abc"]
+    first: dict[str, Any] = truncation_quality.run(runs[0], **options)
     (kept,) = (tmp_path / "kept").iterdir()
     changed = kept.stat().st_mtime_ns
-    second = truncation_quality.run(RunDirectory(tmp_path / "b"), **options)
+    second: dict[str, Any] = truncation_quality.run(runs[1], **options)
     assert kept.stat().st_mtime_ns == changed
     assert first["perplexity"] == second["perplexity"]
     assert first["retrieval"].keys() == {"ours", "TT", "NKVT", "sinks"}
     with pytest.raises(ValueError, match="text_file='nowhere' cannot be read"):
-        truncation_quality.run(
-            RunDirectory(tmp_path / "c"), text_file="nowhere", **options
-        )
+        truncation_quality.run(runs[2], text_file="nowhere", **options)
     with pytest.raises(ValueError, match="retrieval_share=2 must lie"):
         dataclasses.replace(training, retrieval_share=2)
 
@@ -112,7 +112,7 @@ def test_the_cost_of_every_policy_is_counted(tmp_path):
             Conversation(session_id=name, arrival_s=0.0, turns=turns) for name in "ab"
         ),
     )
-    summary = truncation_cost.run(
+    summary: dict[str, Any] = truncation_cost.run(
         RunDirectory(tmp_path / "run"),
         workload=workload,
         window=96,
