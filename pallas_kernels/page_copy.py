@@ -115,3 +115,29 @@ def append_tokens(
         stored = pool.at[table, layer].get(mode="clip")
     merged = jnp.where(is_new[:, :, None, None, :, None], fresh, stored)
     return pool.at[slots, layer].set(merged, mode="drop")
+
+
+def move_tokens(
+    pool: Shaped[Array, "slots layers kv_heads 2 page_tokens head_dim"],
+    slots: Int[Array, " pages"],
+    source_slots: Int[Array, "pages page_tokens"],
+    source_offsets: Int[Array, "pages page_tokens"],
+    cos: Float[Array, "pages page_tokens half"],
+    sin: Float[Array, "pages page_tokens half"],
+    *,
+    dtype: str,
+) -> Shaped[Array, "slots layers kv_heads 2 page_tokens head_dim"]:
+    """Fills pages with single tokens of others, their keys rotated on the way.
+
+    All tokens are read before any is written, so that pages may be their own source.
+
+    Args:
+        cos, sin: of the angles by which each key is turned.
+        dtype: of the values; the pool may hold their bits as another type.
+    """
+    stored = pool.at[source_slots, :, :, :, source_offsets].get(mode="clip")
+    tokens = from_storage(stored, jnp.dtype(dtype))  # [pages, tokens, layers, kv, 2, d]
+    key = rotate(tokens[..., 0, :], cos[:, :, None, None], sin[:, :, None, None])
+    tokens = jnp.stack([key, tokens[..., 1, :]], axis=-2)
+    pages = jnp.moveaxis(to_storage(tokens, pool.dtype), 1, 4)
+    return pool.at[slots].set(pages, mode="drop")

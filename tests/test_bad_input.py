@@ -6,16 +6,18 @@ import pytest
 
 from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.request import SamplingParams
+from cachedattn_jax.engine.truncation import TruncationConfig
 from cachedattn_jax.store.budget import StoreConfig
 from cachedattn_jax.store.byte_count import parse_bytes
 from tests.engines import ask, assert_nothing_leaked, make_engine, tiny_model
 
 WINDOW = tiny_model()[0].window
+REFUSE = TruncationConfig(policy="refuse")
 
 
 @pytest.fixture(scope="module")
 def engine():
-    engine = make_engine()
+    engine = make_engine(truncation=REFUSE)
     ask(engine, "a", [1, 2, 3], max_tokens=2)
     return engine
 
@@ -42,7 +44,7 @@ def test_a_turn_that_cannot_be_served_is_refused_and_changes_nothing(
 
 
 def test_a_queued_turn_whose_history_grew_too_long_fails_alone():
-    engine = make_engine()
+    engine = make_engine(truncation=REFUSE)
     session = engine.session("a")
     first = session.submit([1] * (WINDOW - 10), max_tokens=9)
     second = session.submit([1] * 5, max_tokens=9)

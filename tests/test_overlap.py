@@ -77,9 +77,9 @@ def recorded(engine) -> list[tuple[str, int]]:
         log.append(("put", next(num_puts)))
         return put(runs)
 
-    def logged_compute(group, chunk, page_tables):
+    def logged_compute(group, step):
         log.append(("compute", group))
-        return compute(group, chunk, page_tables)
+        return compute(group, step)
 
     pool.put, prefill.compute = logged_put, logged_compute
     return log

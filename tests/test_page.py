@@ -7,14 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cachedattn_jax.store.chain import Chain
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.page import (
     BadPage,
-    chain_keys,
     decode_header,
     encode_page,
     group_range,
-    next_key,
     object_bytes,
     page_key,
     payload_offset,
@@ -153,12 +152,14 @@ def test_sessions_share_the_keys_of_their_common_beginning_only(tokens, branch):
     branch = min(branch, len(tokens) - 1)
     other = tokens.copy()
     other[branch] += 1
-    ours = chain_keys(LAYOUT, b"", tokens, [])
-    theirs = chain_keys(LAYOUT, b"", other, [])
+    empty = Chain(layout=LAYOUT, salt=b"")
+    ours = empty.after(tokens, (), len(tokens)).keys
+    theirs = empty.after(other, (), len(tokens)).keys
     assert len(ours) == len(tokens) // 4
     shared = branch // 4
     assert ours[:shared] == theirs[:shared]
     assert not set(ours[shared:]) & set(theirs[shared:])
-    assert chain_keys(LAYOUT, b"", tokens, ours[:shared]) == ours
+    part = empty.after(tokens, (), branch)
+    assert part.after(tokens, (), len(tokens)).keys == ours
     if len(tokens) >= 4:
-        assert next_key(LAYOUT, b"", [], tokens[:4]) == ours[0]
+        assert page_key(LAYOUT.digest, b"", b"", "append", tokens[:4]) == ours[0]

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from cachedattn_jax.engine.truncation import TruncationConfig
 from tests.engines import (
     ask,
     assert_nothing_leaked,
@@ -37,8 +38,8 @@ def test_a_stop_token_ends_the_reply_and_is_part_of_it():
     assert_nothing_leaked(engine)
 
 
-def test_the_reply_ends_where_the_window_does():
-    engine = make_engine()
+def test_the_reply_ends_where_the_window_does_if_nothing_may_be_dropped():
+    engine = make_engine(truncation=TruncationConfig(policy="refuse"))
     window = engine.model.window
     turn = ask(engine, "a", [1] * (window - 3), max_tokens=50)
     assert len(turn.reply) == 3

@@ -41,6 +41,12 @@ class Decision:
         choice: Choice = "load" if loading == "always" else "recompute"
         return cls(num_pages=num_pages, choice=choice, reason=f"loading is {loading!r}")
 
+    @classmethod
+    def kept(cls, num_pages: int) -> "Decision":
+        """Pages are kept across a truncation: fewer of them would not do."""
+        reason = "load all: what was dropped would have to be computed again, too"
+        return cls(num_pages=num_pages, choice="load", reason=reason)
+
 
 def best_decision(
     num_pages: int, loaded: np.ndarray, finish: np.ndarray | None

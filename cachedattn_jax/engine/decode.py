@@ -37,13 +37,14 @@ def _step(
     lengths,
     rope,
     sampling,
+    positions,
     kernels=DEFAULT_KERNELS,
 ):
     token_ids = last_tokens.at[seats].get(mode="clip")
     logits, pools = decode_step(
         config, params, token_ids, pools, page_tables, lengths, rope, kernels=kernels
     )
-    sampled = sample(logits, sampling, lengths)
+    sampled = sample(logits, sampling, positions)
     last_tokens = last_tokens.at[seats].set(sampled.token_ids, mode="drop")
     return pools, last_tokens, sampled
 
@@ -56,12 +57,15 @@ class Row:
         seat: where its last token waits on the device.
         page_table: int32 [pages_per_sequence].
         length: tokens of context, the one to be computed included.
+        position: of the token to be sampled in its conversation, of which the context
+            may have lost some; None where it has not.
     """
 
     seat: int
     page_table: np.ndarray
     length: int
     sampling: SamplingParams
+    position: int | None = None
 
 
 class Decode:
@@ -111,10 +115,11 @@ class Decode:
         # Fresh arrays every time: XLA on CPU may read NumPy memory after the call
         # returns.
         seats = np.full(size, self.num_seats, np.int32)
-        lengths = np.zeros(size, np.int32)
+        lengths, positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
         tables = np.zeros((size, self.pages_per_sequence), np.int32)
         for index, row in enumerate(rows):
             seats[index], lengths[index] = row.seat, row.length
+            positions[index] = row.length if row.position is None else row.position
             tables[index] = row.page_table
         self._pool.arrays[:], self.last_tokens, sampled = _step(
             self._config,
@@ -126,6 +131,7 @@ class Decode:
             lengths,
             self._rope,
             sampling_batch([row.sampling for row in rows], size),
+            positions,
             kernels=self._kernels,
         )
         return sampled

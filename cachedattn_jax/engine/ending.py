@@ -46,18 +46,19 @@ class Ending:
     def finish(self, job: Job, reason: FinishReason) -> None:
         """Ends a turn that has a reply: its tokens and pages become the session's."""
         turn = job.turn
-        keys, tail = job.plan.final_pages(self._store.layout, job.token_ids, job.keys)
+        job.follow()
         record = SessionRecord(
             session_id=turn.request.session_id,
             tenant=turn.request.tenant,
             token_ids=job.token_ids,
             num_turns=turn.turn_index + 1,
             used_at=time.time(),
-            page_keys=tuple(keys),
+            truncations=job.truncations[: job.chain.num_truncations],
+            chain=job.chain,
         )
         if self._config.reuse == "cached":
             num_pages, turn.stored = self._store.commit(
-                job.lease, keys, tail, record, job.name
+                job.lease, job.unpublished(), job.tail(), record, job.name
             )
             turn.bytes_device_to_host += num_pages * self._store.layout.page_bytes
         else:

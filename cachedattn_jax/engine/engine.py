@@ -4,7 +4,7 @@ Knows how the parts are put together. Does not know how a turn goes on: see `loo
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 
 import jax
@@ -14,6 +14,7 @@ from cachedattn_jax.engine.cost_model import Constants, CostModel
 from cachedattn_jax.engine.decode import Decode
 from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.loop import Loop
+from cachedattn_jax.engine.overflow import Overflow
 from cachedattn_jax.engine.plan import check_window
 from cachedattn_jax.engine.prefill import Prefill
 from cachedattn_jax.engine.request import Request
@@ -57,6 +58,7 @@ class Engine:
         self.model = model
         self.config = config or EngineConfig()
         device = device if device is not None else jax.devices()[0]
+        self.config.truncation.check(model.window, self.config.page_tokens)
         layout = self._layout(weights or weights_digest(params))
         store_config = store or StoreConfig()
         if self.config.reuse == "recompute":
@@ -108,6 +110,13 @@ class Engine:
             self.cost_model,
             self._prefill,
             self._decode,
+            Overflow(
+                self.config.truncation,
+                model.window,
+                self.store,
+                model.inverse_frequencies(),
+                model.dtype,
+            ),
         )
 
     # ---- what a user calls ----
@@ -146,6 +155,13 @@ class Engine:
         """
         self._check_quiet(tenant, session_id)
         self.store.rewind(tenant, session_id, num_tokens)
+
+    def discard(
+        self, tenant: str, session_id: str, token_indices: Sequence[int]
+    ) -> None:
+        """Takes tokens out of a session's context; see `Session.discard`."""
+        self._check_quiet(tenant, session_id)
+        self.store.discard(tenant, session_id, token_indices)
 
     def forget(self, tenant: str, session_id: str) -> "Future[None]":
         """Deletes a session and its pages; ValueError while it has a turn under way.
@@ -243,7 +259,7 @@ class Engine:
         record = self.store.catalog.find(
             request.tenant, request.session_id, is_fresh=True
         )
-        check_window(self.model.window, request, record)
+        check_window(self.config.truncation, self.model.window, request, record)
 
     def _check_quiet(self, tenant: str, session_id: str) -> None:
         session = session_key(tenant, session_id)

@@ -6,6 +6,7 @@ Knows choices and their limits. Imports no jax beyond what names a kernel.
 from dataclasses import dataclass
 from typing import Literal, no_type_check
 
+from cachedattn_jax.engine.truncation import TruncationConfig
 from pallas_kernels.backends import Kernels
 
 _LEAST = {
@@ -47,6 +48,7 @@ class EngineConfig:
             "compute_first" after it, "auto" what suits the platform.
         max_staged: waiting turns whose pages may be on their way.
         max_passes: turns that may start before one whose pages are on their way.
+        truncation: what happens when a conversation reaches the window.
         prefill_kernel, decode_kernel: the attention implementation, one of
             `pallas_kernels.backends.BACKENDS`, or "auto" for the one of the platform.
         interpret_kernels: run Pallas kernels in their interpreter, on any platform;
@@ -64,6 +66,7 @@ class EngineConfig:
     put_order: Literal["auto", "put_first", "compute_first"] = "auto"
     max_staged: int = 2
     max_passes: int = 8
+    truncation: TruncationConfig = TruncationConfig()
     prefill_kernel: str = "auto"
     decode_kernel: str = "auto"
     interpret_kernels: bool = False

@@ -3,8 +3,8 @@
 Knows tokens, slots and what is under way. Does not know when it gets its turn.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,12 +12,14 @@ from cachedattn_jax.engine.cost_model import CostModel
 from cachedattn_jax.engine.decision import Decision
 from cachedattn_jax.engine.pipeline import exposed_stall_s
 from cachedattn_jax.engine.plan import TurnPlan
-from cachedattn_jax.engine.prefill import PrefillRun
+from cachedattn_jax.engine.prefill_run import PrefillRun
 from cachedattn_jax.engine.sampling import Sampled
 from cachedattn_jax.engine.turn import Turn
+from cachedattn_jax.store.chain import Chain
 from cachedattn_jax.store.groupwise_save import GroupwiseSave
 from cachedattn_jax.store.lease import Lease
-from cachedattn_jax.store.page import PageKey
+from cachedattn_jax.store.page import PageKey, Tail
+from cachedattn_jax.store.truncation import Context, Truncation, truncations_before
 from cachedattn_jax.timeline import Timeline, busy_s
 
 
@@ -28,8 +30,13 @@ class Job:
     Attributes:
         page_table: int32 [pages_per_sequence], the lease's slots and then zeros.
         read_ahead: layer groups that may be copied before they are needed.
-        keys: of the full pages known so far; the first `num_published` of them can be
-            found by other turns.
+        chain: the pages of the tokens that the host knows.
+        truncations: all that were dispatched, which the chain may not have reached yet.
+        context: what they left.
+        max_tokens: reply tokens at most.
+        num_published: place in the conversation of the first token whose page cannot
+            be found by other turns.
+        is_overflowed: whether it waits for a prefill of what a truncation left.
         num_passed: turns that started before it because its pages were on their way.
         seat: where its last token is on the device, once it runs.
         started_s: when it got it, seconds of the monotonic clock.
@@ -42,8 +49,12 @@ class Job:
     lease: Lease
     page_table: np.ndarray
     read_ahead: int
-    keys: list[PageKey]
+    chain: Chain
+    truncations: tuple[Truncation, ...] = ()
+    context: Context = Context()
+    max_tokens: int = 0
     num_published: int = 0
+    is_overflowed: bool = False
     num_passed: int = 0
     seat: int | None = None
     started_s: float = 0.0
@@ -58,12 +69,73 @@ class Job:
 
     @property
     def needs_tokens(self) -> bool:
-        return self.num_dispatched < self.plan.max_tokens
+        return self.num_dispatched < self.max_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the conversation, those included that only the device knows."""
+        return len(self.turn.prompt) + self.num_dispatched
+
+    @property
+    def context_tokens(self) -> int:
+        """Those of them that the model sees."""
+        return self.context.position(self.num_tokens)
 
     @property
     def token_ids(self) -> np.ndarray:
         """int32, the prompt and the reply so far."""
         return np.concatenate([self.turn.prompt, np.asarray(self.turn.reply, np.int32)])
+
+    @property
+    def num_known(self) -> int:
+        """Tokens of the conversation that the host knows and that have keys and values:
+        those of the last one are computed with the next.
+        """
+        return len(self.turn.prompt) + max(0, len(self.turn.reply) - 1)
+
+    def truncate(self, truncation: Truncation) -> None:
+        """Notes that something was dropped from the context."""
+        self.truncations = (*self.truncations, truncation)
+        self.context = self.context.without(truncation.dropped)
+        self.turn.num_truncations += 1
+
+    def follow(self) -> None:
+        """Takes the chain up to what the host knows."""
+        known = truncations_before(self.num_known, self.truncations)
+        # One that rewrote pages was followed when it happened.
+        known = self.truncations[: max(len(known), self.chain.num_truncations)]
+        self.chain = self.chain.after(self.token_ids, known, self.num_known)
+
+    def follow_rewrite(self) -> None:
+        """Takes the chain past a truncation that rewrote pages: old keys are void."""
+        at = self.truncations[-1].at
+        self.chain = self.chain.after(self.token_ids, self.truncations, at)
+        self.num_published = 0
+
+    def unpublished(self) -> Iterator[tuple[int, PageKey, np.ndarray]]:
+        """Place in the lease, key and tokens of pages that cannot be found yet."""
+        step, token_ids = self.chain.layout.page_tokens, self.token_ids
+        for index, page in enumerate(self.chain.pages):
+            place = self.place(page.token)
+            if page.token >= self.num_published and place is not None:
+                tokens = self.chain.context.tokens(index * step, (index + 1) * step)
+                yield place, page.key, token_ids[tokens]
+        self.num_published = self.chain.context.token(step * len(self.chain.pages))
+
+    def tail(self) -> Tail | None:
+        """The partly filled last page, at its place in the lease."""
+        tail, chain = self.chain.tail(self.token_ids), self.chain
+        if tail is None:
+            return None
+        first = chain.context.token(len(chain.pages) * chain.layout.page_tokens)
+        place = self.place(first)
+        return None if place is None else replace(tail, index=place)
+
+    def place(self, token: int) -> int | None:
+        """The page of the lease that begins with a token; None if it was dropped."""
+        position = self.context.position(token)
+        is_kept = self.context.token(position) == token
+        return position // self.chain.layout.page_tokens if is_kept else None
 
     def abandon_save(self) -> None:
         """Gives up pages that leave group by group and are not all dispatched."""
@@ -83,8 +155,7 @@ class Job:
             cost_model.observe_load("host", copy.num_bytes, end - start)
         if not inbound.loads:
             ((start, end),) = _in_order(self.prefill.computes)
-            num_tokens = len(self.turn.prompt) - cached
-            cost_model.observe_prefill(num_tokens, cached, end - start)
+            cost_model.observe_prefill(self.prefill.num_tokens, cached, end - start)
 
     def note_prefill(self, timeline: Timeline) -> None:
         """Measures the prefill, whose first token is known, and notes its events."""

@@ -14,6 +14,7 @@ from cachedattn_jax.engine.decode import Decode, Row
 from cachedattn_jax.engine.ending import Ending
 from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.job import InFlight, Job
+from cachedattn_jax.engine.overflow import Overflow
 from cachedattn_jax.engine.prefill import Prefill
 from cachedattn_jax.engine.running import Running
 from cachedattn_jax.engine.sampling import sampling_batch
@@ -22,7 +23,6 @@ from cachedattn_jax.engine.staging import Staging
 from cachedattn_jax.engine.totals import Totals
 from cachedattn_jax.engine.turn import Turn
 from cachedattn_jax.store.groupwise_save import GroupwiseSave
-from cachedattn_jax.store.page import chain_keys
 from cachedattn_jax.store.tiered_store import TieredStore
 
 # How long decoding pauses for the pages of the turn that is next. They often come
@@ -43,6 +43,7 @@ class Loop:
         cost_model: CostModel,
         prefill: Prefill,
         decode: Decode,
+        overflow: Overflow,
     ) -> None:
         self._config = config
         self._store = store
@@ -51,6 +52,7 @@ class Loop:
         self._cost_model = cost_model
         self._prefill = prefill
         self._decode = decode
+        self._overflow = overflow
         self._staging = Staging(config, window, store, scheduler, cost_model)
         self._running = Running(config.max_batch)
         self._ending = Ending(
@@ -92,6 +94,7 @@ class Loop:
 
     def _start_next(self) -> None:
         """Gives a seat to the next turn whose pages are there, or about to come."""
+        self._restart_overflowed()
         turn, running = self._scheduler.next(), self._running
         if turn is None or turn is running.blocked or running.prefilling is not None:
             return
@@ -132,7 +135,10 @@ class Loop:
 
     def _decode_batch(self) -> None:
         """Dispatches one step for every turn that still needs tokens."""
-        jobs = [job for job in self._running.decoding if job.needs_tokens]
+        for job in filter(self._overflow.is_full, self._running.ready):
+            with self._ending.guard([job]):
+                self._overflow.make_room(job, lambda: self._collect(leave=0))
+        jobs = self._running.ready
         if not jobs:
             return
         started = time.monotonic()
@@ -142,7 +148,8 @@ class Loop:
                     Row(
                         seat=job.seat,
                         page_table=job.page_table,
-                        length=len(job.turn.prompt) + job.num_dispatched,
+                        length=job.context_tokens,
+                        position=job.num_tokens,
                         sampling=job.turn.request.sampling,
                     )
                     for job in jobs
@@ -196,27 +203,44 @@ class Loop:
         with self._ending.guard([job]):
             self._begin_prefill(job)
 
+    def _restart_overflowed(self) -> None:
+        """Computes anew what a truncation left of a turn, if one waits for that."""
+        running = self._running
+        if running.overflowed is None or running.prefilling is not None:
+            return
+        self._collect(leave=0)
+        if (job := running.overflowed) is None:
+            return
+        with self._ending.guard([job]):
+            self._staging.restart(job, self._overflow.next(job))
+            running.prefill_again(job)
+            job.started_s = time.monotonic()
+            self._begin_prefill(job)
+
     def _begin_prefill(self, job: Job) -> None:
         turn, lease, store = job.turn, job.lease, self._store
-        turn.tokens_from = job.plan.tokens_from(lease)
-        turn.decision = job.decision.choice
-        turn.decision_reason = job.decision.reason
-        if self._saves_meanwhile(job):
+        if not turn.reply:
+            turn.tokens_from = job.plan.tokens_from(lease)
+            turn.decision = job.decision.choice
+            turn.decision_reason = job.decision.reason
+        if self._saves_meanwhile(job) and not job.plan.truncates_meanwhile:
             step = store.layout.page_tokens
-            first, last = -(-lease.cached_tokens // step), len(turn.prompt) // step
+            first, last = -(-lease.cached_tokens // step), len(job.plan.whole.pages)
             pages = range(first, last)
             slots = lease.slots[first:last].tolist()
             job.save = GroupwiseSave(store.saver, store.pool, pages, slots, job.name)
-        job.prefill = self._prefill.begin(
-            turn.prompt[lease.cached_tokens :],
-            lease.cached_tokens,
-            job.page_table,
+        job.prefill = self._prefill.begin_segments(
+            self._overflow.segments(job),
             lease.inbound,
             read_ahead=job.read_ahead,
             is_preloading=self._config.is_preloading,
             on_group=lambda group: self._save_group(job, group),
         )
-        turn.num_chunk_tokens = job.prefill.num_padded
+        if turn.reply:
+            turn.num_recomputed_midway += job.prefill.num_tokens - 1
+        else:
+            turn.num_chunk_tokens = 0
+        turn.num_chunk_tokens += job.prefill.num_padded
 
     def _saves_meanwhile(self, job: Job) -> bool:
         is_reusing = self._config.reuse == "cached"
@@ -239,20 +263,21 @@ class Loop:
             self._decode.last_tokens,
             job.seat,
             sampling_batch([job.turn.request.sampling], 1),
+            job.num_tokens,
         )
-        job.num_dispatched = 1
+        job.num_dispatched += 1
         if self._config.reuse == "cached":
-            self._publish(job, job.keys)
+            self._publish(job)
         self._running.decode(job)
         start_s = time.monotonic()
         self._running.in_flight.append(
             InFlight(jobs=[job], sampled=sampled, name="prefill", start_s=start_s)
         )
 
-    def _publish(self, job: Job, keys: list[bytes]) -> None:
+    def _publish(self, job: Job) -> None:
         store = self._store
-        store.leases.publish(job.lease, keys, job.token_ids, job.num_published)
-        job.keys, job.num_published = keys, len(keys)
+        job.follow()
+        store.leases.publish(job.lease, job.unpublished())
         if job.save is not None:
             job.turn.bytes_device_to_host += job.save.num_bytes
             job.save.finish(job.lease.entries)
@@ -271,13 +296,11 @@ class Loop:
             job.observe(self._cost_model)
         if token in turn.request.stop_token_ids:
             self._ending.finish(job, "stop")
-        elif len(turn.reply) == job.plan.max_tokens:
-            is_full = job.plan.max_tokens < turn.request.max_tokens
+        elif len(turn.reply) == job.max_tokens:
+            is_full = job.max_tokens < turn.request.max_tokens
             self._ending.finish(job, "window" if is_full else "length")
         elif self._saves_meanwhile(job):
-            # The token just sampled has no keys and values yet.
-            num_cached = len(turn.prompt) + len(turn.reply) - 1
-            if num_cached % self._store.layout.page_tokens == 0:
-                cached = job.token_ids[:-1]
-                layout, salt = self._store.layout, job.plan.salt
-                self._publish(job, chain_keys(layout, salt, cached, job.keys))
+            # What is dropped are whole pages, so they still fill up when they did.
+            position = job.context.position(job.num_known)
+            if position % self._store.layout.page_tokens == 0:
+                self._publish(job)

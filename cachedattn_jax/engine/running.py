@@ -36,9 +36,25 @@ class Running:
         """Whether another decode step will follow."""
         return any(job.needs_tokens for job in self.decoding)
 
+    @property
+    def ready(self) -> list[Job]:
+        """Jobs whose next token can be computed."""
+        return [j for j in self.decoding if j.needs_tokens and not j.is_overflowed]
+
+    @property
+    def overflowed(self) -> Job | None:
+        """A job that waits for a prefill of what a truncation left."""
+        return next((job for job in self.decoding if job.is_overflowed), None)
+
     def start(self, job: Job) -> None:
         """Gives a job a seat; its prefill is next."""
         job.seat = self.free_seats.pop()
+        self.prefilling = job
+
+    def prefill_again(self, job: Job) -> None:
+        """Takes a job out of the batch for another prefill."""
+        job.is_overflowed = False
+        self.decoding.remove(job)
         self.prefilling = job
 
     def decode(self, job: Job) -> None:

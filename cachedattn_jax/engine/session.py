@@ -99,6 +99,20 @@ class Session:
         """
         self._engine.rewind(self.tenant, self.session_id, num_tokens)
 
+    def discard(self, token_indices: Sequence[int]) -> None:
+        """Takes single tokens out of what the model sees, as KV compression does.
+
+        Nothing moves now. With the next turn the pages behind them are packed anew.
+
+        Args:
+            token_indices: places in `token_ids`.
+
+        Raises:
+            ValueError: one of them has left already, has no keys and values yet, or
+                does not exist; or a turn of the session waits or runs.
+        """
+        self._engine.discard(self.tenant, self.session_id, token_indices)
+
     def close(self) -> None:
         """Says that the conversation is over: its pages are the first to go.
 

@@ -7,22 +7,25 @@ prefill runs.
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 
 from cachedattn_jax.engine.cost_model import CostModel
-from cachedattn_jax.engine.decision import Decision
 from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.job import Job
-from cachedattn_jax.engine.plan import TurnPlan, plan_turn
+from cachedattn_jax.engine.plan import plan_next
+from cachedattn_jax.engine.prospect import Prospect, Prospects, copied
 from cachedattn_jax.engine.scheduler import Scheduler
 from cachedattn_jax.engine.turn import Turn
-from cachedattn_jax.store.page_index import PageEntry
 from cachedattn_jax.store.tiered_store import TieredStore
+from cachedattn_jax.store.truncation import Truncation
 
 # Groups that are copied ahead where no constants were measured.
 _USUAL_READ_AHEAD = 2
+
+
+class NoSlots(Exception):
+    """Running turns hold all slots, so that shared ones cannot be replaced."""
 
 
 class BadTurn(Exception):
@@ -39,19 +42,6 @@ def _blamed_on(turn: Turn) -> Iterator[None]:
         yield
     except Exception as error:
         raise BadTurn(turn, error) from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Prospect:
-    """What a waiting turn would hold if it were leased now."""
-
-    plan: TurnPlan
-    found: list[PageEntry]
-    decision: Decision
-
-    @property
-    def has_loads(self) -> bool:
-        return any(entry.slot is None for entry in self.found)
 
 
 class Staging:
@@ -75,6 +65,7 @@ class Staging:
         self._store = store
         self._scheduler = scheduler
         self._cost_model = cost_model
+        self._prospects = Prospects(config, window, store, cost_model)
         self._pages_per_sequence = store.layout.num_pages(window)
         self._looked_at: weakref.WeakSet[Turn] = weakref.WeakSet()
 
@@ -88,7 +79,7 @@ class Staging:
                 continue
             self._looked_at.add(turn)
             with _blamed_on(turn):
-                prospect = self._prospect(turn)
+                prospect = self._prospects.of(turn)
                 if prospect.has_loads and self._lease(turn, prospect) is None:
                     return
         for turn, job in self.jobs.items():
@@ -108,7 +99,7 @@ class Staging:
         passed: list[Job] = []
         for turn in self._scheduler.startable(1 + self._config.max_staged):
             with _blamed_on(turn):
-                job = self.jobs.get(turn) or self._lease(turn, self._prospect(turn))
+                job = self.jobs.get(turn) or self._lease(turn, self._prospects.of(turn))
                 if job is None and not passed:
                     job = self._lease_first(turn)
                 if job is None:
@@ -145,10 +136,31 @@ class Staging:
     def renew(self, job: Job) -> None:
         """Leases anew after some of a job's pages turned out bad."""
         self._store.leases.release(job.lease)
-        prospect = self._prospect(job.turn)
+        prospect = self._prospects.of(job.turn)
         lease = self._acquire(job.turn, prospect)
         assert lease is not None  # it takes the slots just given back
         self._fill(job, prospect, lease)
+
+    def restart(self, job: Job, truncation: Truncation) -> None:
+        """Leases anew what a truncation left of a running turn, to be computed anew."""
+        self._store.leases.abandon(job.lease)
+        plan = plan_next(
+            self._config.truncation,
+            self._window,
+            job.plan,
+            job.token_ids,
+            (*job.truncations, truncation),
+            len(job.token_ids) - 1,
+        )
+        job.turn.num_truncations += 1
+        job.num_published = 0
+        prospect = self._prospects.of_plan(job.turn, plan)
+        lease = self._acquire(job.turn, prospect)
+        if lease is None:  # only where shared pages were most of what it gave back
+            raise NoSlots("running turns hold all slots that a truncation needs")
+        self._fill(job, prospect, lease)
+        if self._config.truncation.loses_pages:
+            self._store.lose(job.turn.session)
 
     def drop(self, turn: Turn) -> None:
         """Gives back what a turn that will not start holds; it may be leased again."""
@@ -164,45 +176,20 @@ class Staging:
         self.renew(job)
         return True
 
-    def _prospect(self, turn: Turn) -> _Prospect:
-        request, store = turn.request, self._store
-        record = store.catalog.find(request.tenant, request.session_id)
-        turn.turn_index = 0 if record is None else record.num_turns
-        salt = store.salts.of(request.tenant)
-        plan = plan_turn(store.layout, self._window, request, record, salt)
-        found: list[PageEntry] = []
-        if self._config.reuse == "cached":
-            found = store.leases.find(
-                turn.session, plan.reusable_keys, plan.tail, plan.prompt
-            )
-        decision = self._decide(plan, found)
-        return _Prospect(
-            plan=plan, found=found[: decision.num_pages], decision=decision
-        )
-
-    def _decide(self, plan: TurnPlan, found: list[PageEntry]) -> Decision:
-        num_resident = next(
-            (i for i, entry in enumerate(found) if entry.slot is None), len(found)
-        )
-        forced = {"always": len(found), "never": num_resident}
-        if self._config.loading in forced:
-            return Decision.forced(self._config.loading, forced[self._config.loading])
-        is_tail = plan.tail is not None and len(found) > plan.tail.index
-        return self._cost_model.decide(
-            [entry.tiers[0].value for entry in found],
-            len(plan.prompt),
-            tail_tokens=len(plan.tail.token_ids) if is_tail and plan.tail else 0,
-            copied=_copied(found),
-        )
-
-    def _acquire(self, turn: Turn, prospect: _Prospect):
+    def _acquire(self, turn: Turn, prospect: Prospect):
         plan = prospect.plan
-        num_pages = self._store.layout.num_pages(len(plan.prompt) + plan.max_tokens)
-        return self._store.leases.acquire(
+        num_pages = min(prospect.num_pages, self._pages_per_sequence)
+        if plan.truncates_meanwhile:
+            num_pages = self._pages_per_sequence
+        lease = self._store.leases.acquire(
             turn.session, prospect.found, plan.tail, num_pages
         )
+        is_new = len(plan.truncations) > plan.num_known
+        if lease is not None and is_new and self._config.truncation.loses_pages:
+            self._store.lose(turn.session)
+        return lease
 
-    def _lease(self, turn: Turn, prospect: _Prospect) -> Job | None:
+    def _lease(self, turn: Turn, prospect: Prospect) -> Job | None:
         assert turn not in self.jobs
         lease = self._acquire(turn, prospect)
         if lease is None:
@@ -214,7 +201,7 @@ class Staging:
             lease=lease,
             page_table=np.zeros(self._pages_per_sequence, np.int32),
             read_ahead=0,
-            keys=[],
+            chain=prospect.plan.stored,
         )
         self._fill(job, prospect, lease)
         self.jobs[turn] = job
@@ -225,13 +212,18 @@ class Staging:
         staged = list(self.jobs)
         for behind in staged:
             self.drop(behind)
-        return self._lease(turn, self._prospect(turn)) if staged else None
+        return self._lease(turn, self._prospects.of(turn)) if staged else None
 
-    def _fill(self, job: Job, prospect: _Prospect, lease) -> None:
+    def _fill(self, job: Job, prospect: Prospect, lease) -> None:
         job.plan, job.decision, job.lease = prospect.plan, prospect.decision, lease
-        job.keys = list(prospect.plan.keys)
+        plan = job.plan
+        job.chain, job.truncations = plan.stored, plan.truncations
+        job.context, job.max_tokens = plan.whole.context, plan.max_tokens
         job.page_table[: len(lease.slots)] = lease.slots
-        job.turn.prompt = prospect.plan.prompt
+        if not job.turn.reply:
+            job.turn.prompt = plan.prompt
+            job.turn.num_truncations = len(plan.truncations) - plan.num_known
+        job.turn.is_exact = all(item.method != "lost" for item in plan.truncations)
         job.read_ahead = self._read_ahead(job)
 
     def _read_ahead(self, job: Job) -> int:
@@ -241,9 +233,9 @@ class Staging:
         held = list(filter(None, lease.entries))
         from_disk = sum(e.slot is None and e.slab is None for e in held)
         groups = self._cost_model.read_ahead(
-            sum(_copied(held)) - from_disk,
+            sum(copied(held)) - from_disk,
             from_disk,
-            len(job.plan.prompt) - lease.cached_tokens,
+            job.plan.context_tokens - lease.cached_tokens,
             lease.cached_tokens,
         )
         return _USUAL_READ_AHEAD if groups is None else groups
@@ -256,16 +248,3 @@ class Staging:
         inbound = job.lease.inbound
         inbound.put_through(max(1, job.read_ahead))
         return inbound.has_arrived(max(1, min(job.read_ahead, inbound.num_groups)) - 1)
-
-
-def _copied(found: list[PageEntry]) -> list[int]:
-    """Pages that travel for each page, and not already for one before it."""
-    runs: set[int] = set()
-    copied = []
-    for entry in found:
-        pages = int(entry.slot is None)
-        if entry.slot is None and entry.slab is not None:
-            pages = 0 if id(entry.slab) in runs else entry.slab.num_rows
-            runs.add(id(entry.slab))
-        copied.append(pages)
-    return copied

@@ -22,6 +22,7 @@ class TokensFrom:
     Attributes:
         recomputed: computed before in this session, lost or left, and computed again.
         new: never computed before in this session, the last sampled token included.
+        dropped: left the context before, so that nothing was needed for them.
     """
 
     device: int = 0
@@ -29,14 +30,20 @@ class TokensFrom:
     disk: int = 0
     recomputed: int = 0
     new: int = 0
+    dropped: int = 0
 
     @property
     def cached(self) -> int:
         return self.device + self.host + self.disk
 
     @property
-    def total(self) -> int:
+    def context(self) -> int:
+        """Tokens that the model was given or had."""
         return self.cached + self.recomputed + self.new
+
+    @property
+    def total(self) -> int:
+        return self.context + self.dropped
 
 
 @dataclass(kw_only=True)
@@ -60,7 +67,8 @@ class Turn:
     """A request, its reply so far, and its measurements.
 
     Attributes:
-        prompt: int32, the whole prompt with the history; empty until the turn starts.
+        prompt: int32, the whole conversation up to the reply, whatever left the context
+            of the model; empty until the turn starts.
         reply: tokens received so far.
         margins: for each of them, best minus second best logit.
         stored: ends when the session's record is stored, and outlives the process from
@@ -70,6 +78,11 @@ class Turn:
         load_s: time during which pages were copied for it, from disk or to the device.
         exposed_stall_s: the part of it that its computing waited for.
         decision, decision_reason: what became of stored pages, and why.
+        num_truncations: how often something was dropped for it.
+        num_recomputed_midway: tokens computed again in the middle of the reply, by
+            policies that do so when the window is full.
+        is_exact: False where pages that were kept across a truncation were lost and not
+            rebuilt, in this turn or before: the reply is not what it would have been.
     """
 
     request: Request
@@ -91,6 +104,9 @@ class Turn:
     bytes_device_to_host: int = 0
     decision: str = "nothing_stored"
     decision_reason: str = ""
+    num_truncations: int = 0
+    num_recomputed_midway: int = 0
+    is_exact: bool = True
     is_cancel_requested: bool = False
 
     @property
@@ -133,12 +149,15 @@ class Turn:
         return {
             "session": self.request.session_id,
             "turn": self.turn_index,
-            "prompt_tokens": sources.total,
+            "prompt_tokens": sources.context,
             "tokens_from": dataclasses.asdict(sources),
             "prefill_tokens_computed": sources.recomputed + sources.new,
             "prefill_tokens_padded": self.num_chunk_tokens,
             "output_tokens": len(self.reply),
             "finish_reason": self.finish_reason,
+            "truncations": self.num_truncations,
+            "recomputed_midway": self.num_recomputed_midway,
+            "is_exact": self.is_exact,
             "ttft_s": self.ttft_s,
             "queue_s": self.queue_s,
             "load_s": self.load_s,

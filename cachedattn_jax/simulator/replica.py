@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from cachedattn_jax.engine.cost_model import CostModel
 from cachedattn_jax.engine.pipeline import equal_groups_finish_s, read_buffer_groups
 from cachedattn_jax.engine.scheduler import Scheduler
+from cachedattn_jax.engine.truncation import pages_to_drop
 from cachedattn_jax.simulator.results import Busy, Results
 from cachedattn_jax.simulator.simulated_store import Pages, SimulatedStore
 from cachedattn_jax.simulator.system import System
@@ -412,7 +413,8 @@ class Replica:
         if system.overflow == "invalidate":
             pages.is_stale = True
         elif system.allocation == "held":
-            dropped = -(-dropped // size) * size
+            dropped = pages_to_drop(system.model.window, size, system.truncation_ratio)
+            dropped *= size
             self.store.shift(pages, dropped // size)
         pages.num_tokens = max(0, pages.num_tokens - dropped)
         pages.num_dropped += dropped

@@ -1,7 +1,7 @@
 """Session records: what each conversation said, and when.
 
-Knows tokens and times. Does not know pages: their keys follow from the tokens, so a
-record stays right whatever happens to the pages. The record is the only thing in a
+Knows tokens, truncations and times. Does not know pages: their keys follow from these,
+so a record stays right whatever happens to the pages. The record is the only thing in a
 store that changes, and it is written last.
 """
 
@@ -10,17 +10,18 @@ import json
 import urllib.parse
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import crc32c
 import numpy as np
 
+from cachedattn_jax.store.chain import Chain
 from cachedattn_jax.store.guard import StorageFailure
 from cachedattn_jax.store.object_names import QUARANTINE, SESSIONS
-from cachedattn_jax.store.page import PageKey
 from cachedattn_jax.store.record_writer import RecordWriter
 from cachedattn_jax.store.root import Root
+from cachedattn_jax.store.truncation import Truncation, truncations_before
 
 _MAX_NAME_BYTES = 200  # file systems end at 255 for one name
 # Damage that is gone when it is read again came from the way, not from the disk.
@@ -37,7 +38,8 @@ class SessionRecord:
             never fed back, so the cached length is one less.
         num_turns: finished turns.
         used_at: seconds since the epoch, of the last finished turn.
-        page_keys: of its full pages; they follow from the tokens and are not stored.
+        truncations: what left the context of the model, in the order it happened.
+        chain: its pages; they follow from tokens and truncations and are not stored.
     """
 
     session_id: str
@@ -45,12 +47,23 @@ class SessionRecord:
     token_ids: np.ndarray
     num_turns: int
     used_at: float
-    page_keys: tuple[PageKey, ...] = ()
+    truncations: tuple[Truncation, ...] = ()
+    chain: Chain | None = field(default=None, compare=False)
 
     @property
     def cached_length(self) -> int:
         """Tokens whose keys and values were computed."""
         return max(0, len(self.token_ids) - 1)
+
+    def cut(self, num_tokens: int) -> "SessionRecord":
+        """The record when only its first tokens had been said."""
+        cached = max(0, num_tokens - 1)
+        return replace(
+            self,
+            token_ids=self.token_ids[:num_tokens],
+            truncations=truncations_before(cached, self.truncations),
+            chain=None,
+        )
 
 
 class Catalog:
@@ -243,6 +256,9 @@ def _encode(record: SessionRecord) -> bytes:
             "tenant": record.tenant,
             "num_turns": record.num_turns,
             "used_at": record.used_at,
+            "truncations": [
+                [item.at, item.dropped, item.method] for item in record.truncations
+            ],
             "token_ids": base64.b64encode(
                 np.ascontiguousarray(record.token_ids, "<i4").tobytes()
             ).decode(),
@@ -258,4 +274,8 @@ def decode_record(data: bytes) -> SessionRecord | None:
         return None
     fields = json.loads(body)
     fields["token_ids"] = np.frombuffer(base64.b64decode(fields["token_ids"]), "<i4")
+    fields["truncations"] = tuple(
+        Truncation(at=at, dropped=tuple(map(tuple, dropped)), method=method)
+        for at, dropped, method in fields.get("truncations", ())
+    )
     return SessionRecord(**fields)

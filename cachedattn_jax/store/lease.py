@@ -3,7 +3,7 @@
 Knows slots and runs. Does not know why a page is where it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,6 +24,8 @@ class Lease:
         cached_tokens: tokens of the prompt whose keys and values need no computing.
         tokens_from: the same by the tier they came from.
         inbound: what must be installed before they can be used, on its way.
+        dropped: pages that the turn needs no more and other turns use; held, since
+            programs of this turn that read them may not be dispatched yet.
     """
 
     session: str
@@ -32,3 +34,4 @@ class Lease:
     cached_tokens: int
     tokens_from: dict[Tier, int]
     inbound: Inbound
+    dropped: list[PageEntry] = field(default_factory=list)

@@ -5,8 +5,9 @@ in them.
 """
 
 import time
+import urllib.parse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -17,7 +18,13 @@ from cachedattn_jax.store.inbound import Inbound, Load
 from cachedattn_jax.store.lease import Lease
 from cachedattn_jax.store.link import Copy, Links
 from cachedattn_jax.store.page import PageKey, Tail
-from cachedattn_jax.store.page_index import PageEntry, PageIndex, is_unclaimed
+from cachedattn_jax.store.page_index import (
+    PageEntry,
+    PageIndex,
+    is_unclaimed,
+    tenant_of,
+    unclaimed,
+)
 from cachedattn_jax.store.placement.tier import Tier
 from cachedattn_jax.store.saver import Saver
 from cachedattn_jax.store.watcher import Watcher
@@ -178,21 +185,63 @@ class Leases:
     def publish(
         self,
         lease: Lease,
-        keys: Sequence[PageKey],
-        token_ids: np.ndarray,
-        first: int = 0,
+        pages: Iterable[tuple[int, PageKey, np.ndarray]],
     ) -> None:
-        """Makes the first `len(keys)` pages of a turn findable by other turns.
+        """Makes pages of a turn findable by other turns.
 
         Only after the programs that fill them were dispatched: later ones read them.
 
         Args:
-            first: pages before this one were published already.
+            pages: place in the lease, key and tokens of each.
         """
-        step = self._pool.layout.page_tokens
-        for index in range(first, len(keys)):
-            page = token_ids[index * step : (index + 1) * step]
-            self.publish_page(lease, index, keys[index], page)
+        for index, key, token_ids in pages:
+            self.publish_page(lease, index, key, token_ids)
+
+    def drop(self, lease: Lease, pages: range) -> bool:
+        """Takes pages out of a lease; their slots become those of its last pages.
+
+        Returns:
+            False if running turns hold the slots that are needed instead of shared
+            ones; nothing has changed then.
+        """
+        if not self.own(lease, pages):
+            return False
+        slots, (start, stop) = lease.slots, (pages.start, pages.stop)
+        order = [slots[:start], slots[stop:], slots[start:stop]]
+        lease.slots = np.concatenate(order)
+        entries = lease.entries
+        lease.entries = entries[:start] + entries[stop:] + entries[start:stop]
+        return True
+
+    def own(self, lease: Lease, pages: range) -> bool:
+        """Makes slots of a lease the turn's alone: what they hold is found no more.
+
+        Returns:
+            False as in `drop`.
+        """
+        held = [(i, e) for i in pages if (e := lease.entries[i]) is not None]
+        slots = lease.slots
+        shared = [i for i, e in held if e.slot == slots[i] and e.holds > 1]
+        if not self._free_slots(len(shared)):
+            return False
+        new_slots = iter(self._pool.take(len(shared)))
+        # Nobody may come back for them: they are the first to go, wherever else they are.
+        tenant = tenant_of(lease.session)
+        owner = unclaimed(tenant)
+        self._index.placement.known(owner, urllib.parse.unquote(tenant))
+        for index, entry in held:
+            lease.entries[index] = None
+            self._index.touch(entry, owner)
+            if entry.slot != slots[index]:  # it was copied to a slot of the turn's own
+                entry.holds -= 1
+            elif entry.holds > 1:
+                lease.dropped.append(entry)
+                slots[index] = next(new_slots)
+            else:
+                entry.holds -= 1
+                self._evictor.leave_device(entry)
+        self._index.placement.closed(owner)
+        return True
 
     def release(self, lease: Lease) -> None:
         """Ends the hold on pages and slots, whatever became of the turn."""
@@ -201,10 +250,20 @@ class Leases:
                 entry.holds -= 1
             if entry is None or entry.slot != slot:
                 self._pool.give_back(slot)
+        for entry in lease.dropped:
+            entry.holds -= 1
         self._note(lease.inbound.reads, "disk_to_host")
         self._note(lease.inbound.puts, "host_to_device")
-        lease.entries = []
+        lease.entries, lease.dropped = [], []
         lease.slots = lease.slots[:0]
+
+    def abandon(self, lease: Lease) -> None:
+        """Releases a lease whose pages are of no use; they lose their slots."""
+        entries = lease.entries
+        self.release(lease)
+        for entry in filter(None, entries):
+            if entry.slot is not None and not entry.holds:
+                self._pool.give_back(self._evictor.leave_device(entry))
 
     def _note(self, copies: Sequence[Copy], direction: str) -> None:
         for copy in copies:

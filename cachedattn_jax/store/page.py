@@ -21,6 +21,8 @@ import numpy as np
 from cachedattn_jax.store.layout import FORMAT_VERSION, Layout
 
 PageKey = bytes
+# The event of a page that follows the one before it.
+APPEND = "append"
 
 _MAGIC = b"KVPAGE"
 _FIXED = struct.Struct(
@@ -59,8 +61,8 @@ def page_key(
     Args:
         salt: the tenant's; pages of different salts never meet.
         parent: key of the page before, empty for the first.
-        event: "append", or "truncated(k)" for the first page after k pages were
-            dropped.
+        event: `APPEND`, or the name of the truncations since the page before, such as
+            "truncated(8)".
         token_ids: int32, the tokens of this page alone.
     """
     digest = hashlib.blake2b(digest_size=32)
@@ -69,25 +71,6 @@ def page_key(
         digest.update(part)
     digest.update(np.ascontiguousarray(token_ids, "<i4").tobytes())
     return digest.digest()
-
-
-def chain_keys(
-    layout: Layout, salt: bytes, token_ids: np.ndarray, known: list[PageKey]
-) -> list[PageKey]:
-    """Keys of all full pages of a sequence, the first `len(known)` of them given."""
-    keys = list(known)
-    step = layout.page_tokens
-    for start in range(len(keys) * step, len(token_ids) - step + 1, step):
-        keys.append(next_key(layout, salt, keys, token_ids[start : start + step]))
-    return keys
-
-
-def next_key(
-    layout: Layout, salt: bytes, keys: list[PageKey], token_ids: np.ndarray
-) -> PageKey:
-    """Key of the page, full or not, of `token_ids` after the pages of `keys`."""
-    parent = keys[-1] if keys else b""
-    return page_key(layout.digest, salt, parent, "append", token_ids)
 
 
 @dataclass(frozen=True, kw_only=True)

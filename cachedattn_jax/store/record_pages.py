@@ -10,20 +10,21 @@ from cachedattn_jax.store.catalog import (
     decode_record,
     session_key,
 )
+from cachedattn_jax.store.chain import Chain
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.object_names import SESSIONS
-from cachedattn_jax.store.page import PageKey, chain_keys, next_key
+from cachedattn_jax.store.page import PageKey
 from cachedattn_jax.store.root import Root
 from cachedattn_jax.store.salts import Salts
 
 
 def record_pages(layout: Layout, salts: Salts, record: SessionRecord) -> list[PageKey]:
     """Keys of the pages that a session goes on from, its tail included."""
-    salt = salts.of(record.tenant)
-    cached = record.token_ids[: record.cached_length]
-    keys = chain_keys(layout, salt, cached, [])
-    rest = cached[len(keys) * layout.page_tokens :]
-    return [*keys, next_key(layout, salt, keys, rest)] if len(rest) else keys
+    chain = Chain(layout=layout, salt=salts.of(record.tenant)).after(
+        record.token_ids, record.truncations, record.cached_length
+    )
+    tail = chain.tail(record.token_ids)
+    return chain.keys if tail is None else [*chain.keys, tail.key]
 
 
 def read_records(

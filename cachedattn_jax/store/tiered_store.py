@@ -7,7 +7,7 @@ bytes.
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -42,6 +42,7 @@ from cachedattn_jax.store.salts import read_salts
 from cachedattn_jax.store.saver import Saver
 from cachedattn_jax.store.stats import StoreStats, gather
 from cachedattn_jax.store.survey import Survey
+from cachedattn_jax.store.truncation import Context, Truncation, context_after
 from cachedattn_jax.store.watcher import Watcher
 from cachedattn_jax.timeline import Timeline
 
@@ -184,7 +185,7 @@ class TieredStore:
     def commit(
         self,
         lease: Lease,
-        keys: Sequence[PageKey],
+        pages: Iterable[tuple[int, PageKey, np.ndarray]],
         tail: Tail | None,
         record: SessionRecord,
         turn: str = "",
@@ -193,26 +194,26 @@ class TieredStore:
         tail.
 
         Args:
-            keys: every full page of the conversation.
+            pages: place in the lease, key and tokens of every full page of the context.
             tail: its partly filled last page.
 
         Returns:
             How many pages will leave the device for that, and when the record is
             stored; see `Catalog.commit`.
         """
-        self.leases.publish(lease, keys, record.token_ids)
+        self.leases.publish(lease, pages)
         old_tail = self.leases.tails.pop(lease.session, None)
         if tail is not None:
             self.leases.publish_page(lease, tail.index, tail.key, tail.token_ids)
             entry = lease.entries[tail.index]
             if entry is not None:
                 self.leases.tails[lease.session] = entry
-        pages = [entry for entry in lease.entries if entry is not None]
-        for entry in pages:
+        entries = [entry for entry in lease.entries if entry is not None]
+        for entry in entries:
             self.index.touch(entry, lease.session)
         num_asked = 0
         if self.config.saves_early(record.num_turns - 1):
-            num_asked = self.saver.ask(pages, turn)
+            num_asked = self.saver.ask(entries, turn)
             self.saver.save_queued(turn)
         if self.config.is_saving_synchronous:
             self.saver.drain()
@@ -298,9 +299,30 @@ class TieredStore:
                 f"cannot rewind session {session_id!r} to {num_tokens} tokens;"
                 f" it has {num_known}"
             )
-        keys = record.page_keys[: num_tokens // self.layout.page_tokens]
-        token_ids = record.token_ids[:num_tokens]
-        self.catalog.commit(replace(record, token_ids=token_ids, page_keys=keys))
+        self.catalog.commit(record.cut(num_tokens))
+
+    def discard(self, tenant: str, session_id: str, tokens: Sequence[int]) -> None:
+        """Notes that tokens left a session's context; ValueError if they are not in it.
+
+        They are the token-discarding list of the paper's section 3.4.
+        """
+        record = self.catalog.find(tenant, session_id)
+        num_cached = 0 if record is None else record.cached_length
+        context = Context() if record is None else context_after(record.truncations)
+        places = sorted(set(map(int, tokens)))
+        for token in places:
+            is_known = 0 <= token < num_cached
+            if not is_known or context.token(context.position(token)) != token:
+                raise ValueError(
+                    f"token {token} of session {session_id!r} cannot be discarded: its"
+                    f" context is what is left of the first {num_cached} tokens"
+                )
+        if record is None or not places:
+            return
+        spans = tuple((p, p + 1) for p in map(context.position, places))
+        new = Truncation(at=num_cached, dropped=spans, method="repack")
+        truncations = (*record.truncations, new)
+        self.catalog.commit(replace(record, truncations=truncations, chain=None))
 
     def forget_session(self, tenant: str, session_id: str) -> "Future[None]":
         """Forgets a session's record and the pages it answers for; none may be held.
@@ -334,6 +356,10 @@ class TieredStore:
         if self.root is None:
             return done_already()
         return self.root.submit_in_order(remove_folders, self.root, folder)
+
+    def lose(self, session: str) -> None:
+        """Gives up all pages of a session that no turn holds; its record stays."""
+        self._evictor.drop(session, "invalidated")
 
     def close(self) -> None:
         """Writes what only memory holds to disk, as far as it fits; stops threads."""
