@@ -225,7 +225,7 @@ def bytes_per_idle(policy: str, num_sessions: int = 20_000) -> float:
     for session in range(num_sessions):
         now = float(session)
         placement.queued(session, session + 1, now)
-        pages = store.pages(session)
+        pages = store.index.find(session)
         placement.started(session, session + 1, now)
         pages.num_tokens = 1000
         store.save(pages, (1 << 16) - 1, now)

@@ -42,9 +42,10 @@ from cachedattn_jax.model.config import LlamaConfig, preset
 from cachedattn_jax.model.llama import LlamaParams, init_params
 from cachedattn_jax.run_directory import Claim, RunDirectory
 from cachedattn_jax.simulator.hardware import ModelShape
-from cachedattn_jax.simulator.replica import Replica, Turn
+from cachedattn_jax.simulator.replica import Replica
 from cachedattn_jax.simulator.results import Results
 from cachedattn_jax.simulator.system import System
+from cachedattn_jax.simulator.turn import Turn
 from cachedattn_jax.store.budget import StoreConfig
 from cachedattn_jax.store.link import EmulatedLink
 from cachedattn_jax.store.page import object_bytes

@@ -105,15 +105,15 @@ def check_store(replica) -> None:
     """Budgets are kept, and all accounts say the same."""
     store, placement, system_ = replica.store, replica.placement, replica.system
     size = system_.page_bytes
-    held = list(store.sessions.values())
+    held = list(store.index.sessions.values())
     on_device = sum(pages.device.bit_count() for pages in held)
-    assert on_device <= store.num_device <= system_.num_slots or (
+    assert on_device <= store.index.num_device <= system_.num_slots or (
         system_.device_bytes is None
     )
-    assert store.num_host == sum(pages.host.bit_count() for pages in held)
-    assert store.num_disk == sum(pages.disk.bit_count() for pages in held)
-    assert store.num_host * size <= system_.host_bytes
-    assert store.num_disk * size <= system_.disk_bytes
+    assert store.index.num_host == sum(pages.host.bit_count() for pages in held)
+    assert store.index.num_disk == sum(pages.disk.bit_count() for pages in held)
+    assert store.index.num_host * size <= system_.host_bytes
+    assert store.index.num_disk * size <= system_.disk_bytes
     for pages in held:
         assert not pages.arriving & ~pages.host
         assert pages.holds >= 0

@@ -174,17 +174,15 @@ def test_the_trace_of_live_conversations_has_all_of_them_alive_at_once():
 
 def test_a_stopwatch_counts_calls_among_watched_methods_once():
     class Watched:
-        def outer(self, watch):
-            assert watch._is_running
+        def outer(self):
             return self.inner() + 1
 
         def inner(self):
             return 1
 
     watch, watched = Stopwatch(), Watched()
-    watch.watch(watched)
-    assert watched.outer(watch) == 2
-    assert watch.seconds > 0 and not watch._is_running
+    proxy = watch.watched(watched)
+    assert proxy.outer() == 2 and watch._num_calls == 1
 
 
 def test_an_idle_conversation_takes_bytes_that_do_not_grow_with_their_number():

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachedattn_jax.engine.cost_constants import Link
+from cachedattn_jax.simulator.pages import first_pages
 from cachedattn_jax.simulator.results import Results, Window
-from cachedattn_jax.simulator.simulated_store import SimulatedStore, first_pages
+from cachedattn_jax.simulator.simulated_store import SimulatedStore
 from cachedattn_jax.simulator.simulation import Simulation
 from cachedattn_jax.simulator.virtual_link import VirtualLink
 from cachedattn_jax.store.placement.placement import Placement
@@ -218,7 +219,7 @@ def test_sessions_stay_with_their_replica_or_are_dealt_at_random():
         )
         simulated = watched.run()
         hits[routing] = simulated.measured().hit_rate(by="tokens", counts_first=False)
-        homes = [set(r.store.sessions) for r in watched.replicas]
+        homes = [set(r.store.index.sessions) for r in watched.replicas]
         apart = sum(len(a & b) for a, b in itertools.combinations(homes, 2))
         assert (apart == 0) == (routing == "affinity")
     assert hits["affinity"] == 1.0
@@ -248,7 +249,7 @@ def test_pages_behind_a_gap_are_not_reused():
     of = system()
     placement = Placement(of.placement, host_bytes=of.host_bytes, disk_bytes=0)
     store = SimulatedStore(of, placement)
-    pages = store.pages(0)
+    pages = store.index.find(0)
     pages.num_tokens, pages.host = 17, 0b1101
     assert store.reusable(pages) == 0b1
     pages.disk = 0b0010

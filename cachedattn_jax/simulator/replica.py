@@ -9,53 +9,23 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from cachedattn_jax.engine.cost_model import CostModel
 from cachedattn_jax.engine.pipeline import equal_groups_finish_s, read_buffer_groups
 from cachedattn_jax.engine.scheduler import Scheduler
-from cachedattn_jax.engine.truncation import pages_to_drop
+from cachedattn_jax.simulator.pages import Pages
 from cachedattn_jax.simulator.results import Busy, Results
-from cachedattn_jax.simulator.simulated_store import Pages, SimulatedStore
+from cachedattn_jax.simulator.simulated_staging import (
+    History,
+    SimulatedStaging,
+    num_pages,
+)
+from cachedattn_jax.simulator.simulated_store import SimulatedStore
 from cachedattn_jax.simulator.system import System
+from cachedattn_jax.simulator.truncation import Truncation
+from cachedattn_jax.simulator.turn import Turn
 from cachedattn_jax.store.budget import SAVED_TOGETHER
 from cachedattn_jax.store.placement.placement import Placement
-
-
-@dataclass(slots=True, eq=False)
-class Turn:
-    """One turn on its way through a replica.
-
-    Attributes:
-        row: in the columns of the results.
-        place: in its session, from 0.
-        ready_at: when enough of the pages that it waits for have come from disk.
-        disk_s: how long reading them takes in all.
-        loads_from_s: since when its pages travel.
-        mask: pages that it reuses.
-    """
-
-    session: int
-    row: int
-    place: int
-    new_tokens: int
-    output_tokens: int
-    arrived_s: float
-    ticket: int = 0
-    mask: int = 0
-    ready_at: float = 0.0
-    disk_s: float = 0.0
-    loads_from_s: float = 0.0
-    staged_s: float = 0.0
-    prompt_tokens: int = 0
-    num_slots: int = 0
-    num_passed: int = 0
-    is_staged: bool = False
-
-
-# Tokens of a conversation, and those dropped from its front: two that agree mean the
-# same pages.
-History = tuple[int, int]
 
 
 class Replica:
@@ -105,7 +75,10 @@ class Replica:
         self._num_steps = 0
         self._decoding: list[tuple[int, int, Turn]] = []  # by the step they end with
         self._tie = itertools.count()
-        self._staged: dict[Turn, None] = {}
+        self._truncation = Truncation(system, self.store, self._cost_model, self.busy)
+        self._staging = SimulatedStaging(
+            system, self.store, self._truncation, self._cost_model, histories
+        )
 
     # ---- what the world does ----
 
@@ -161,11 +134,11 @@ class Replica:
             return None
         passed: list[Turn] = []
         for turn in scheduler.startable(1 + self.system.max_staged):
-            if not turn.is_staged and not self._stage(turn):
-                if passed or not self._unstage_others():
+            if not turn.is_staged and not self._staging.stage(turn, self.clock):
+                if passed or not self._staging.give_back():
                     break
                 # Those behind it held the slots that it needs.
-                if not self._stage(turn):
+                if not self._staging.stage(turn, self.clock):
                     break
             if turn.ready_at <= self.clock:
                 for other in passed:
@@ -179,10 +152,11 @@ class Replica:
     def _prefill(self, turn: Turn) -> None:
         """Computes what is not reused, loading the rest meanwhile."""
         system, store = self.system, self.store
-        pages = store.sessions[turn.session]
+        pages = store.index.find(turn.session)
         start_s = self.clock
         self.scheduler.start(turn)
         self.placement.started(turn.session, turn.ticket, start_s)
+        self._staging.start(turn)
         tokens_from = self._tokens_from(turn, pages)
         cached = sum(tokens_from)
         seconds, stall_s = self._prefill_seconds(turn, pages, cached)
@@ -193,7 +167,7 @@ class Replica:
             store.release_slots(turn.num_slots)
             store.take(pages, (1 << num_full) - 1)
             # A tail that does not fill up lies in its slot already.
-            turn.num_slots = self._num_pages(turn) - pages.device.bit_count()
+            turn.num_slots = num_pages(turn, system) - pages.device.bit_count()
             store.reserve_slots(turn.num_slots)
             # The page that the new tokens fill up is not the one that was stored.
             tail, filled = divmod(pages.num_tokens - 1, system.tokens_per_page)
@@ -208,7 +182,7 @@ class Replica:
     def _end(self, turn: Turn) -> None:
         """The reply is complete: what it added is saved, its seat is free."""
         system, store = self.system, self.store
-        pages = store.sessions[turn.session]
+        pages = store.index.find(turn.session)
         size = system.tokens_per_page
         history = max(0, pages.num_tokens - 1)
         if history % size:
@@ -216,7 +190,7 @@ class Replica:
             store.replace(pages, 1 << (history // size))
         pages.num_tokens = turn.prompt_tokens + turn.output_tokens
         store.release_slots(turn.num_slots)
-        self._truncate_after(pages)
+        self._truncation.after(pages)
         num_cached = -(-(pages.num_tokens - 1) // size)
         if system.reuse == "cached":
             mask = (1 << num_cached) - 1
@@ -247,99 +221,15 @@ class Replica:
             left = self._decoding[0][0] - self._num_steps
             times.append(self.clock + left * self._step_s)
         if self.scheduler.has_room:
-            ready = [t.ready_at for t in self._staged if t.ready_at > self.clock]
-            if ready:
-                times.append(min(ready))
+            ready_at = self._staging.ready_at(self.clock)
+            if ready_at is not None:
+                times.append(ready_at)
         return min(times, default=None)
 
     # ---- parts of them ----
 
-    def _unstage_others(self) -> bool:
-        """Whether waiting turns gave back slots."""
-        staged, self._staged = self._staged, {}
-        for turn in staged:
-            self.store.release_slots(turn.num_slots)
-            self.store.pages(turn.session).holds -= 1
-            turn.is_staged, turn.num_slots, turn.ready_at = False, 0, 0.0
-        return bool(staged)
-
-    def _stage(self, turn: Turn) -> bool:
-        """Looks up what is stored of a turn and begins to read it from disk."""
-        system, store = self.system, self.store
-        pages = store.pages(turn.session)
-        if self._histories is not None:
-            store.catch_up(pages, *self._histories.get(turn.session, (0, 0)))
-        self._truncate_before(turn, pages)
-        turn.prompt_tokens = pages.num_tokens + turn.new_tokens
-        store.arrive(pages, self.clock)
-        mask = 0 if system.reuse == "recompute" else store.reusable(pages)
-        if pages.is_stale:
-            # As in the paper, every session is saved; that what is stored is of no use
-            # shows when it is needed.
-            store.drop(pages)
-            mask, pages.is_stale = 0, False
-        if system.is_deciding and mask:
-            mask = self._decided(turn, pages, mask)
-        pages.holds += 1
-        if system.keeps_on_device:
-            missing = self._num_pages(turn) - (mask & pages.device).bit_count()
-            if not store.free_slots(missing, self.clock):
-                pages.holds -= 1
-                return False
-            turn.num_slots = missing
-            store.reserve_slots(missing)
-        turn.mask, turn.is_staged, turn.staged_s = mask, True, self.clock
-        if not system.max_staged:
-            turn.loads_from_s = self.clock
-        from_disk = mask & pages.disk & ~(pages.host | pages.device)
-        if mask & pages.arriving:
-            turn.ready_at = pages.arrives_at
-        if from_disk:
-            self._read(turn, pages, from_disk)
-        if turn.ready_at > self.clock:
-            self._staged[turn] = None
-        return True
-
-    def _read(self, turn: Turn, pages: Pages, mask: int) -> None:
-        """Reads pages from disk; the turn may begin when enough groups have come."""
-        system, store = self.system, self.store
-        begins = max(self.clock, store.from_disk.free_at)
-        num_bytes = store.num_bytes(pages, mask.bit_count())
-        turn.disk_s = store.from_disk.carry(num_bytes, self.clock) - begins
-        turn.loads_from_s = begins
-        cached = turn.mask.bit_count() * system.tokens_per_page
-        num_new = max(1, turn.prompt_tokens - cached)
-        compute_s = self._cost_model.prefill_s(num_new, max(0, cached))
-        groups = system.groups
-        ahead = read_buffer_groups(turn.disk_s / groups, compute_s / groups, groups)
-        ready_at = begins + turn.disk_s * ahead / groups
-        turn.ready_at = max(turn.ready_at, ready_at)
-
-    def _decided(self, turn: Turn, pages: Pages, mask: int) -> int:
-        """What of the stored beginning is worth loading."""
-        size, num = self.system.tokens_per_page, mask.bit_count()
-        sources = []
-        for page in range(num):
-            bit = 1 << page
-            is_near = pages.host & bit and not pages.arriving & bit
-            near = "host" if is_near else "disk"
-            sources.append("device" if pages.device & bit else near)
-        tail = (pages.num_tokens - 1) % size
-        is_tail = num * size > pages.num_tokens - 1
-        decision = self._cost_model.decide(
-            sources, turn.prompt_tokens, tail_tokens=tail if is_tail else 0
-        )
-        return (1 << decision.num_pages) - 1
-
-    def _num_pages(self, turn: Turn) -> int:
-        """Pages that the turn may grow to; a reply past the window truncates it."""
-        num_tokens = turn.prompt_tokens + turn.output_tokens
-        num_pages = -(-num_tokens // self.system.tokens_per_page)
-        return min(num_pages, self.system.window_pages)
-
     def _tokens_from(self, turn: Turn, pages: Pages) -> tuple[int, int, int]:
         """Tokens of the prompt by the tier they come from."""
-        self._staged.pop(turn, None)
         size, mask = self.system.tokens_per_page, turn.mask
         history = max(0, pages.num_tokens - 1)
         device = mask & pages.device
@@ -366,7 +256,7 @@ class Replica:
         num_bytes = max(0, cached - on_device) * system.model.kv_bytes
         if not num_bytes:
             return compute_s, 0.0
-        self.store.to_device.carry(num_bytes, turn.staged_s)
+        self.store.links.to_device.carry(num_bytes, turn.staged_s)
         link = system.constants.host_to_device
         load_s = system.groups * link.latency_s + num_bytes / link.bytes_per_s
         load_s = max(load_s, turn.disk_s)
@@ -384,40 +274,6 @@ class Replica:
             )
         )
         return finish_s, finish_s - compute_s
-
-    def _truncate_before(self, turn: Turn, pages: Pages) -> None:
-        """Makes room in the window for the prompt, and a token of the reply."""
-        window = self.system.model.window
-        if pages.num_tokens + turn.new_tokens < window:
-            return
-        while pages.num_tokens + turn.new_tokens >= window and pages.num_tokens:
-            self._truncate(pages)
-        turn.new_tokens = min(turn.new_tokens, window - 1)
-
-    def _truncate_after(self, pages: Pages) -> None:
-        """Makes room in the window for a reply that ran past it."""
-        system = self.system
-        if pages.num_tokens <= system.model.window:
-            return
-        while pages.num_tokens > system.model.window:
-            self._truncate(pages)
-        if system.reuse == "recompute" or system.overflow == "invalidate":
-            # What remains is computed anew before the reply goes on.
-            seconds = self._cost_model.prefill_s(max(1, pages.num_tokens), 0)
-            self.busy.overflow_s += seconds
-
-    def _truncate(self, pages: Pages) -> None:
-        system = self.system
-        dropped = max(1, int(system.truncation_ratio * system.model.window))
-        size = system.tokens_per_page
-        if system.overflow == "invalidate":
-            pages.is_stale = True
-        elif system.allocation == "held":
-            dropped = pages_to_drop(system.model.window, size, system.truncation_ratio)
-            dropped *= size
-            self.store.shift(pages, dropped // size)
-        pages.num_tokens = max(0, pages.num_tokens - dropped)
-        pages.num_dropped += dropped
 
     def _note(self, turn, pages, tokens_from, start_s, seconds, stall_s) -> None:
         row, columns = turn.row, self._results

@@ -12,10 +12,12 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from cachedattn_jax.simulator.replica import History, Replica, Turn
+from cachedattn_jax.simulator.replica import Replica
 from cachedattn_jax.simulator.results import Results, Simulated
+from cachedattn_jax.simulator.simulated_staging import History
 from cachedattn_jax.simulator.system import System
 from cachedattn_jax.simulator.trace import Trace
+from cachedattn_jax.simulator.turn import Turn
 
 Routing = Literal["affinity", "random"]
 
@@ -175,10 +177,8 @@ class Simulation:
         counters: Counter[str] = Counter()
         moved: Counter[str] = Counter()
         for replica in self.replicas:
-            store = replica.store
-            counters.update(store.counters)
-            for name in ("to_device", "to_host", "from_disk", "to_disk"):
-                moved[name] += getattr(store, name).num_bytes
+            counters.update(replica.store.counters)
+            moved.update(replica.store.links.num_bytes())
         return Simulated(
             turns=self.results,
             busy=[replica.busy for replica in self.replicas],

@@ -1,6 +1,6 @@
-"""A connection between two memories in virtual time. Knows bytes and seconds."""
+"""Connections between two memories in virtual time. Knows bytes and seconds."""
 
-from cachedattn_jax.engine.cost_constants import Link
+from cachedattn_jax.engine.cost_constants import Constants, Link
 
 
 class VirtualLink:
@@ -31,3 +31,17 @@ class VirtualLink:
         self.free_at = start + self._link.latency_s + num_bytes / self._link.bytes_per_s
         self.num_bytes += num_bytes
         return self.free_at
+
+
+class VirtualLinks:
+    """All connections of one replica, each way its own."""
+
+    def __init__(self, constants: Constants) -> None:
+        self.to_device = VirtualLink(constants.host_to_device)
+        self.to_host = VirtualLink(constants.device_to_host)
+        self.from_disk = VirtualLink(constants.disk_read)
+        self.to_disk = VirtualLink(constants.disk_write)
+
+    def num_bytes(self) -> dict[str, float]:
+        """Bytes carried, by link."""
+        return {name: link.num_bytes for name, link in vars(self).items()}

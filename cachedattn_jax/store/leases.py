@@ -225,7 +225,7 @@ class Leases:
         if not self._free_slots(len(shared)):
             return False
         new_slots = iter(self._pool.take(len(shared)))
-        # Nobody may come back for them: they are the first to go, wherever else they are.
+        # Nobody may come back for them: wherever else they are, they go first.
         tenant = tenant_of(lease.session)
         owner = unclaimed(tenant)
         self._index.placement.known(owner, urllib.parse.unquote(tenant))
