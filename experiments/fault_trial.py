@@ -73,8 +73,14 @@ class FaultTally:
     sessions_lost_unexplained: int = 0
 
 
-def run_trial(folder: Path, num_faults: int, rate: float, seed: int) -> FaultTally:
-    """Serves until so many faults were injected, heals, and looks at what is left."""
+def run_trial(
+    folder: Path, num_faults: int, rate: float, seed: int, *, is_warm: bool = True
+) -> FaultTally:
+    """Serves until so many faults were injected, heals, and looks at what is left.
+
+    Args:
+        is_warm: whether all programs are compiled before, so that times mean something.
+    """
     scripts = folder / "scripts.json"
     write_scripts(scripts, NUM_SESSIONS, NUM_TURNS, seed)
     tally = FaultTally()
@@ -92,7 +98,8 @@ def run_trial(folder: Path, num_faults: int, rate: float, seed: int) -> FaultTal
     assert engine.store.faults is not None and engine.store.root is not None
     injecting, batch = engine.store.faults, 0
     injecting.rate = 0.0  # compiling is no turn that could do without
-    engine.warm_up()
+    if is_warm:
+        engine.warm_up()
     while injecting.injected.total() < num_faults:
         cycle = batch % (_BATCHES_OF_CALM + _BATCHES_OF_STORM)
         injecting.rate = rate if cycle < _BATCHES_OF_CALM else _STORM_RATE
@@ -230,8 +237,15 @@ def main() -> None:
     parser.add_argument("--faults", type=int, required=True)
     parser.add_argument("--rate", type=float, default=0.25)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cold", action="store_true", help="compile when needed")
     options = parser.parse_args()
-    tally = run_trial(options.folder, options.faults, options.rate, options.seed)
+    tally = run_trial(
+        options.folder,
+        options.faults,
+        options.rate,
+        options.seed,
+        is_warm=not options.cold,
+    )
     print(json.dumps(dataclasses.asdict(tally)), flush=True)
 
 

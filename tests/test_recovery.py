@@ -1,6 +1,7 @@
 """A restart finds what was stored, reads no page for it, and cleans up after itself."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 import time
@@ -58,8 +59,10 @@ def test_100_000_sessions_are_listed_in_10_seconds(tmp_path):
     taken_s = time.monotonic() - started_s
     assert catalog.num_sessions == 100_000
     # The layout is all that is read.
-    assert root.kv.counters["read_operations"] == 1
+    assert root.kv.counters["read_operations"] == 0
     root.close()
+    # Or every later run of the tests would wait for their removal.
+    shutil.rmtree(folder)
     assert taken_s < 10
 
 
