@@ -65,6 +65,7 @@ def run(
         console.rule(name)
         try:
             done[name] = _measure(parts[name], RunDirectory(folder), facts)
+            console.print(f"{name}: {done[name]['seconds']:.0f} s", highlight=False)
         except Exception as error:
             missing[name] = f"{type(error).__name__}: {error}"
             console.print(traceback.format_exc(), highlight=False, markup=False)
