@@ -76,6 +76,9 @@ def run(
                 "gpu_busy_s": _gpu_busy_s(served),
                 "counters": dict(served.store.counters),
             }
+            # Closing would write the whole host tier to disk, minutes of it.
+            for conversation in played.conversations:
+                served.forget("default", conversation.session_id)
             if mode == "cached":
                 events = served.timeline.events
                 run_directory.write_timeline(served.timeline.chrome_trace())

@@ -154,8 +154,11 @@ def point(
     vocab = engines["load"].model.vocab_size
     said = noise(rng, history, vocab)
     decisions: Counter[str] = Counter()
+    computed: Counter[str] = Counter()
     for served in engines.values():
         served.store.links.emulate(None, None)
+        # What the point before left would stand in the way of a long history.
+        served.forget("default", "ours")
         submit(served, "ours", said)
         serve(served)
 
@@ -169,6 +172,7 @@ def point(
         serve(served)
         if way == "decided":
             decisions[turn.decision] += 1
+        computed[way] = turn.tokens_from.recomputed
         return turn.prefill_s or 0.0
 
     trials = {way: functools.partial(trial, way) for way in names}
@@ -179,6 +183,7 @@ def point(
         "history": history,
         "new": new,
         "seconds": median,
+        "recomputed_tokens": dict(computed),
         "decision": decisions.most_common(1)[0][0],
         "regret": max(0.0, median["decided"] / better - 1),
     }
