@@ -31,7 +31,7 @@ def run(
     only: Sequence[str] = (),
     is_resuming: bool = False,
     seconds: float = 540.0,
-) -> dict[str, object]:
+) -> dict:
     """Measures the parts, in order.
 
     Args:

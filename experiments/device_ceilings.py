@@ -39,7 +39,7 @@ def run(
     total_bytes: int = 1 << 30,
     disk_bytes: int = 4 << 30,
     disk_root: str | None = None,
-) -> dict[str, object]:
+) -> dict:
     """Measures the default device, its links to host memory, and a disk.
 
     Args:

@@ -41,7 +41,7 @@ def run(
     pinned_bytes: int = 256 << 20,
     repeats: int = 3,
     seed: int = 0,
-) -> dict[str, object]:
+) -> dict:
     """Serves every point in every way.
 
     Args:

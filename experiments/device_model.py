@@ -50,7 +50,7 @@ def run(
     product_size: int = 8192,
     repeats: int = 5,
     seed: int = 0,
-) -> dict[str, object]:
+) -> dict:
     """Times a model's programs.
 
     Args:

@@ -49,7 +49,7 @@ def run(
     engine: EngineConfig = EngineConfig(),
     store: StoreConfig = StoreConfig(),
     seed: int = 0,
-) -> dict[str, object]:
+) -> dict:
     """Plays the workload in both modes and compares them.
 
     Args:

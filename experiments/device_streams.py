@@ -42,7 +42,7 @@ def run(
     history: int = 6144,
     new: int = 1024,
     seed: int = 0,
-) -> dict[str, object]:
+) -> dict:
     """Profiles a turn of each direction: one that loads, then one that is saved."""
     config = preset(model, dtype=dtype)
     params = init_params(config, seed)
@@ -80,7 +80,7 @@ def _spans(events: Iterable) -> dict[str, list[Span]]:
     return dict(found)
 
 
-def summarise(streams: Mapping[str, Mapping[str, list[Span]]]) -> dict[str, object]:
+def summarise(streams: Mapping[str, Mapping[str, list[Span]]]) -> dict:
     """What the trace says, with its claims; they do not hold where there is no GPU."""
     kernels = [span for kinds in streams.values() for span in kinds.get("kernel", ())]
     rows = [

@@ -49,7 +49,7 @@ def run(
     max_reply: int = 16,
     program: str = "experiments.hugging_face_turns",
     seed: int = 0,
-) -> dict[str, object]:
+) -> dict:
     """Serves the conversations in every way.
 
     Args:

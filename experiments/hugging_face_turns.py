@@ -1,16 +1,20 @@
 """Serves conversations with `transformers`, one turn at a time, and prints the times.
 
 A program of its own, so that its device memory is free when it ends: JSON comes in on
-stdin and goes out as the last line. Knows torch and transformers; imports
-nothing of ours.
+stdin and goes out as the last line. Knows torch and transformers, which the dev extra
+leaves out; imports nothing of ours.
 """
 
 import json
 import sys
 import time
 
-import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+import torch  # pyright: ignore[reportMissingImports]
+from transformers import (  # pyright: ignore[reportMissingImports]
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 
 def main() -> None:

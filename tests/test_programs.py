@@ -74,7 +74,7 @@ def test_decode_updates_all_pools_in_place(engine):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_choosing_tokens_does_not_branch_on_the_device(engine, temperature):
-    """On CUDA the host would wait for such a branch, and for all programs before it."""
+    """On CUDA the host may wait for such a branch, and for all programs before it."""
     sampling = sampling_batch([SamplingParams(temperature=temperature)], 2)
     assert sampling.is_greedy == (temperature == 0)
     logits = jax.ShapeDtypeStruct((2, engine.model.vocab_size), np.float32)

@@ -20,8 +20,8 @@ class SamplingBatch:
     Attributes:
         top_k: 0 for all tokens.
         is_greedy: whether every row takes its best token. Known when the program is
-            made: a branch on the device, as XLA makes them for CUDA, holds the host
-            until all programs before it are done.
+            made: XLA for CUDA may read the outcome of a branch on the host, which then
+            waits for all programs before it.
     """
 
     temperature: Float[Array | np.ndarray, " batch"]
