@@ -8,8 +8,9 @@ from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.model.config import preset
 from cachedattn_jax.run_directory import Claim, RunDirectory
 from cachedattn_jax.store.budget import StoreConfig
-from experiments import device, device_ceilings, device_links, device_model
+from experiments import device, device_ceilings, device_links
 from experiments.device_streams import covered_s, summarise
+from experiments.model_programs import prefill_flops
 
 
 def claim(value: float) -> Claim:
@@ -95,7 +96,7 @@ def test_prefill_operations_are_those_of_every_product():
     layer += 2 * 2 * seen * heads
     logits = 2 * hidden * config.vocab_size
     expected = config.num_layers * layer + logits
-    counted = device_model.prefill_flops(config, new, history)
+    counted = prefill_flops(config, new, history)
     assert counted == pytest.approx(expected, rel=1e-2)  # norms
 
 

@@ -53,9 +53,8 @@ class Engine:
     ) -> None:
         self.model = model
         self.config = config or EngineConfig()
-        if device is None:
-            device = jax.devices()[0]
-        sizes = self.config.sizes(device.platform, model.num_layers)
+        device = device if device is not None else jax.devices()[0]
+        sizes = self._sizes(device)
         layout = self._layout(weights or weights_digest(params), sizes)
         store_config = store or StoreConfig()
         if self.config.reuse == "recompute":
@@ -220,6 +219,9 @@ class Engine:
             t.session for t in self.scheduler.running + self.scheduler.waiting
         }:
             raise ValueError(f"a turn of session {session_id!r} waits or runs")
+
+    def _sizes(self, device: jax.Device) -> Sizes:
+        return self.config.sizes(device.platform, self.model.num_layers)
 
     def _layout(self, weights: str, sizes: Sizes) -> Layout:
         model = self.model
