@@ -34,6 +34,7 @@ from cachedattn_jax.run_directory import Claim, RunDirectory
 from cachedattn_jax.store.budget import StoreConfig
 from cachedattn_jax.store.link import EmulatedLink
 from experiments.bench import repeat
+from experiments.device_ceilings import pinned_rate
 from experiments.preload_bench import AUTO, NO_PRELOAD, PreloadBench
 from experiments.report import write_report
 
@@ -51,6 +52,7 @@ def run(
     run_directory: RunDirectory,
     *,
     model: str = "small",
+    window: int | None = None,
     engine: EngineConfig = EngineConfig(),
     store: StoreConfig = StoreConfig(write_policy="write_back"),
     history: int = 512,
@@ -58,6 +60,7 @@ def run(
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
     dtype: str = "float32",
     depths: tuple[int, ...] = (0, 1, 2, 4),
+    other_order: str | None = None,
     repeats: int = 11,
     seed: int = 0,
 ) -> dict[str, object]:
@@ -67,10 +70,16 @@ def run(
         store: of each engine; saving is another experiment, so nothing is saved early.
         history, new: tokens in host memory and tokens to compute.
         ratios: load time over compute time; none to measure the machine's own link.
+        window: of the model, if not the preset's.
         depths: sizes of the read buffer, in layer groups.
+        other_order: an `EngineConfig.put_order` that every depth is measured with, too.
     """
-    config = preset(model, dtype=dtype)
-    modes = [NO_PRELOAD, *[f"d = {depth}" for depth in depths], AUTO]
+    overrides = {} if window is None else {"window": window}
+    config = preset(model, dtype=dtype, **overrides)
+    buffers = [*[f"d = {depth}" for depth in depths], AUTO]
+    modes = [NO_PRELOAD, *buffers]
+    if other_order is not None:
+        modes += [f"{buffer}, {other_order}" for buffer in buffers]
     bench = PreloadBench(
         config, init_params(config, seed), engine, modes, history, new, store, seed
     )
@@ -89,8 +98,19 @@ def run(
         "new_tokens": new,
         "layer_groups": bench.num_groups,
         "rows": rows,
-        "claims": _claims(rows),
+        "claims": _claims(rows) + _order_claims(rows, other_order),
     }
+    if not ratios:
+        pinned = pinned_rate()
+        summary["pinned_bytes_s"] = pinned
+        (alone,) = [row for row in rows if row["mode"] == NO_PRELOAD]
+        summary["claims"].append(
+            Claim(
+                name="host to device over the best rate from pinned memory",
+                value=bench.load_bytes / alone["load_s"] / pinned,
+                target=0.85,
+            )
+        )
     _print(rows)
     write_report(
         run_directory, f"Pre-loading, {rows[0]['kind']} link", summary, figures
@@ -181,9 +201,10 @@ def _row(
 def _bound_s(mode: str, num_groups: int, load_s: float, compute_s: float) -> float:
     load = [load_s / num_groups] * num_groups
     compute = [compute_s / num_groups] * num_groups
-    if mode == NO_PRELOAD:
+    buffer = mode.partition(", ")[0]
+    if buffer == NO_PRELOAD:
         return no_preload_s(load, compute)
-    depth = num_groups if mode == AUTO else int(mode.removeprefix("d = "))
+    depth = num_groups if buffer == AUTO else int(buffer.removeprefix("d = "))
     return least_finish_s(load, compute, read_ahead=depth)
 
 
@@ -192,7 +213,11 @@ def _claims(rows: Sequence[dict]) -> list[Claim]:
     ratios, kind = _ratios(rows), rows[0]["kind"]
     for ratio in ratios:
         of_ratio = [row for row in rows if row["load_over_compute"] == ratio]
-        preloaded = [row for row in of_ratio if row["mode"] != NO_PRELOAD]
+        preloaded = [
+            row
+            for row in of_ratio
+            if row["mode"] != NO_PRELOAD and ", " not in row["mode"]
+        ]
         claims.append(
             Claim(
                 name=f"load {ratio:.3g}x compute: time over pipeline bound, worst d",
@@ -228,6 +253,28 @@ def _claims(rows: Sequence[dict]) -> list[Claim]:
         )
     )
     return claims
+
+
+def _order_claims(rows: Sequence[dict], other: str | None) -> list[Claim]:
+    """The order of the platform against another one, over all sizes of the buffer."""
+    if other is None:
+        return []
+    walls = {(row["mode"], row["load_over_compute"]): row["wall_s"] for row in rows}
+    quotients = [
+        wall / walls[f"{mode}, {other}", ratio]
+        for (mode, ratio), wall in walls.items()
+        if (f"{mode}, {other}", ratio) in walls
+    ]
+    return [
+        Claim(
+            name=f"time with the platform's order over that of {other}, mean",
+            value=float(np.mean(quotients)),
+            target=1.02,
+            comparison="<=",
+            unit="x",
+            kind=rows[0]["kind"],
+        )
+    ]
 
 
 def _ratios(rows: Sequence[dict]) -> list[float]:

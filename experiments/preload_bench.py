@@ -23,7 +23,12 @@ AUTO = "auto"
 
 
 class PreloadBench:
-    """Engines that differ in their read buffer, and one conversation on each."""
+    """Engines that differ in their read buffer, and one conversation on each.
+
+    Args:
+        modes: "d = 2", `AUTO` or `NO_PRELOAD`; "d = 2, compute_first" has another order
+            of copies and computes than the engine's own.
+    """
 
     def __init__(
         self,
@@ -49,10 +54,12 @@ class PreloadBench:
     def _engine(
         self, params: LlamaParams, engine: EngineConfig, store: StoreConfig, mode: str
     ) -> Engine:
+        depth, _, order = mode.partition(", ")
         depths = {NO_PRELOAD: 0, AUTO: "auto", "all": self.config.num_layers}
         fields = {
-            "read_buffer": depths.get(mode, mode.removeprefix("d = ")),
-            "is_preloading": mode != NO_PRELOAD,
+            "read_buffer": depths.get(depth, depth.removeprefix("d = ")),
+            "is_preloading": depth != NO_PRELOAD,
+            "put_order": order or engine.put_order,
             "loading": "always",
         }
         if fields["read_buffer"] != "auto":

@@ -12,10 +12,11 @@ Expected: a regret against the better of the two of at most 5 % on average and 2
 the worst point. A negative regret, where loading a beginning beats both, counts as 0.
 """
 
+import dataclasses
 import functools
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,8 +27,8 @@ from rich.table import Table
 from cachedattn_jax.engine.engine import Engine
 from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.turn import Turn
-from cachedattn_jax.model.config import preset
-from cachedattn_jax.model.llama import init_params
+from cachedattn_jax.model.config import LlamaConfig, preset
+from cachedattn_jax.model.llama import LlamaParams, init_params
 from cachedattn_jax.run_directory import Claim, RunDirectory
 from cachedattn_jax.store.budget import StoreConfig
 from cachedattn_jax.store.link import EmulatedLink
@@ -36,6 +37,7 @@ from experiments.bench import noise, repeat, serve, submit, to_tier
 from experiments.report import write_report
 
 WAYS = {"load": "always", "recompute": "never", "decided": "auto"}
+RESIDENT = "on the device"  # the history never left
 
 
 def run(
@@ -58,9 +60,8 @@ def run(
     config = preset(model)
     params = init_params(config, seed)
     rng = np.random.default_rng(seed)
-    engines = {
-        way: _engine(config, params, engine, loading) for way, loading in WAYS.items()
-    }
+    store = StoreConfig(device_bytes="320 MiB", host_bytes="512 MiB")
+    engines = ways(config, params, engine, store)
     try:
         balanced = _balanced_bytes_per_s(engines["recompute"], rng)
         rows = []
@@ -70,9 +71,8 @@ def run(
             engines["decided"].calibrate()
             for history in histories:
                 for new in news:
-                    rows.append(
-                        _point(engines, rng, link, speed, history, new, repeats)
-                    )
+                    row = point(engines, rng, history, new, repeats, link=link)
+                    rows.append({"link": speed, **row})
         constants = engines["decided"].cost_model.constants
         assert constants is not None
     finally:
@@ -109,12 +109,16 @@ def run(
     return summary
 
 
-def _engine(config, params, engine: EngineConfig, loading: str) -> Engine:
-    settings = EngineConfig(**{**vars(engine), "loading": loading})
-    store = StoreConfig(device_bytes="320 MiB", host_bytes="512 MiB")
-    served = Engine(config, params, settings, store, weights="random")
-    served.warm_up()
-    return served
+def ways(
+    config: LlamaConfig, params: LlamaParams, engine: EngineConfig, store: StoreConfig
+) -> dict[str, Engine]:
+    """An engine for each way, ready to serve."""
+    engines = {}
+    for way, loading in WAYS.items():
+        settings = dataclasses.replace(engine, loading=loading)
+        engines[way] = Engine(config, params, settings, store, weights="random")
+        engines[way].warm_up()
+    return engines
 
 
 def _balanced_bytes_per_s(served: Engine, rng: np.random.Generator) -> float:
@@ -130,45 +134,56 @@ def _balanced_bytes_per_s(served: Engine, rng: np.random.Generator) -> float:
     return num_bytes / min(times)
 
 
-def _point(
-    engines: dict[str, Engine],
+def point(
+    engines: Mapping[str, Engine],
     rng: np.random.Generator,
-    link: EmulatedLink,
-    speed: float,
     history: int,
     new: int,
     repeats: int,
+    *,
+    link: EmulatedLink | None = None,
+    names: Sequence[str] = tuple(WAYS),
 ) -> dict:
-    """Medians of the three ways at one point, and what was decided."""
+    """Medians of every way at one point, and what was decided.
+
+    Args:
+        engines: of `ways`.
+        link: None for the machine's own.
+        names: of the ways; `RESIDENT` is one, too.
+    """
     vocab = engines["load"].model.vocab_size
     said = noise(rng, history, vocab)
     decisions: Counter[str] = Counter()
+    computed: Counter[str] = Counter()
     for served in engines.values():
         served.store.links.emulate(None, None)
+        # What the point before left would stand in the way of a long history.
+        served.forget("default", "ours")
         submit(served, "ours", said)
         serve(served)
 
     def trial(way: str) -> float:
-        served = engines[way]
+        served = engines["load" if way == RESIDENT else way]
         served.store.links.emulate(None, None)
-        to_tier(served, Tier.HOST)
+        if way != RESIDENT:
+            to_tier(served, Tier.HOST)
         served.store.links.emulate(link, None)
         turn: Turn = submit(served, "ours", [*said, *noise(rng, new, vocab)])
         serve(served)
         if way == "decided":
             decisions[turn.decision] += 1
+        computed[way] = turn.tokens_from.recomputed
         return turn.prefill_s or 0.0
 
-    trials = {way: functools.partial(trial, way) for way in WAYS}
-    what = f"history {history}, new {new}, link {speed:g}x"
-    times = repeat(trials, repeats, what)
+    trials = {way: functools.partial(trial, way) for way in names}
+    times = repeat(trials, repeats, f"history {history}, new {new}")
     median = {way: statistics.median(values) for way, values in times.items()}
     better = min(median["load"], median["recompute"])
     return {
-        "link": speed,
         "history": history,
         "new": new,
         "seconds": median,
+        "recomputed_tokens": dict(computed),
         "decision": decisions.most_common(1)[0][0],
         "regret": max(0.0, median["decided"] / better - 1),
     }

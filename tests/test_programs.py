@@ -1,11 +1,13 @@
 """Compiled programs: pools are updated in place, nothing compiles after the warm-up."""
 
 import jax
+import jax.extend.core
 import jax.monitoring
 import numpy as np
 import pytest
 
 from cachedattn_jax.engine import decode, prefill
+from cachedattn_jax.engine.request import SamplingParams
 from cachedattn_jax.engine.sampling import sampling_batch
 from cachedattn_jax.store import device_pool
 from cachedattn_jax.store.placement.tier import Tier
@@ -66,9 +68,31 @@ def test_decode_updates_all_pools_in_place(engine):
             np.zeros((size, pages), np.int32),
             np.zeros(size, np.int32),
             engine._prefill._rope,
-            sampling_batch([], size),
         )
         assert temporaries(lowered) < one_pool(engine) / 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_choosing_tokens_does_not_branch_on_the_device(engine, temperature):
+    """On CUDA the host may wait for such a branch, and for all programs before it."""
+    sampling = sampling_batch([SamplingParams(temperature=temperature)], 2)
+    assert sampling.is_greedy == (temperature == 0)
+    logits = jax.ShapeDtypeStruct((2, engine.model.vocab_size), np.float32)
+    seats = np.zeros(2, np.int32)
+    program = decode._choose.trace(
+        engine._decode.last_tokens, logits, seats, sampling, seats
+    )
+    names = {equation.primitive.name for equation in walk(program.jaxpr.jaxpr)}
+    assert not names & {"cond", "while"}
+    # Sorting the vocabulary is for those who ask for it.
+    assert ("sort" in names) == (temperature > 0)
+
+
+def walk(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from walk(inner)
 
 
 def test_install_updates_the_pool_in_place(engine):
@@ -106,6 +130,8 @@ def test_nothing_compiles_after_the_warm_up(tmp_path):
                 engine.store.empty(Tier.HOST)
         for name in "abcde":
             ask(engine, name, random_tokens(rng, 3), max_tokens=4)
+        sampling = SamplingParams(temperature=0.7, top_k=5)
+        ask(engine, "a", random_tokens(rng, 3), max_tokens=4, sampling=sampling)
     finally:
         jax.monitoring.clear_event_listeners()
     assert engine.store.counters["pages_read"] > 0

@@ -1,4 +1,4 @@
-"""The decode of a batch: one program a step, tokens stay on the device.
+"""The decode of a batch: a step and a choice of tokens, which stay on the device.
 
 Knows rows, seats and batch sizes. Does not know sessions or when a reply ends.
 """
@@ -25,7 +25,7 @@ _SMALLEST_BATCH = 2
 
 
 @functools.partial(
-    jax.jit, static_argnums=0, static_argnames="kernels", donate_argnums=(2, 3)
+    jax.jit, static_argnums=0, static_argnames="kernels", donate_argnums=2
 )
 def _step(
     config,
@@ -36,17 +36,19 @@ def _step(
     page_tables,
     lengths,
     rope,
-    sampling,
-    positions,
     kernels=DEFAULT_KERNELS,
 ):
     token_ids = last_tokens.at[seats].get(mode="clip")
-    logits, pools = decode_step(
+    return decode_step(
         config, params, token_ids, pools, page_tables, lengths, rope, kernels=kernels
     )
+
+
+# A program of its own: greedy and sampled steps share the large one.
+@functools.partial(jax.jit, donate_argnums=0)
+def _choose(last_tokens, logits, seats, sampling, positions):
     sampled = sample(logits, sampling, positions)
-    last_tokens = last_tokens.at[seats].set(sampled.token_ids, mode="drop")
-    return pools, last_tokens, sampled
+    return last_tokens.at[seats].set(sampled.token_ids, mode="drop"), sampled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,7 @@ class Decode:
             seats[index], lengths[index] = row.seat, row.length
             positions[index] = row.length if row.position is None else row.position
             tables[index] = row.page_table
-        self._pool.arrays[:], self.last_tokens, sampled = _step(
+        logits, self._pool.arrays[:] = _step(
             self._config,
             self._params,
             self._pool.arrays,
@@ -130,8 +132,10 @@ class Decode:
             tables,
             lengths,
             self._rope,
-            sampling_batch([row.sampling for row in rows], size),
-            positions,
             kernels=self._kernels,
+        )
+        sampling = sampling_batch([row.sampling for row in rows], size)
+        self.last_tokens, sampled = _choose(
+            self.last_tokens, logits, seats, sampling, positions
         )
         return sampled

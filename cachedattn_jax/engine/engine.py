@@ -12,7 +12,7 @@ import jax
 from cachedattn_jax.engine.calibrate import calibrate
 from cachedattn_jax.engine.cost_model import Constants, CostModel
 from cachedattn_jax.engine.decode import Decode
-from cachedattn_jax.engine.engine_config import EngineConfig
+from cachedattn_jax.engine.engine_config import EngineConfig, Sizes
 from cachedattn_jax.engine.loop import Loop
 from cachedattn_jax.engine.overflow import Overflow
 from cachedattn_jax.engine.plan import check_window
@@ -58,8 +58,9 @@ class Engine:
         self.model = model
         self.config = config or EngineConfig()
         device = device if device is not None else jax.devices()[0]
-        self.config.truncation.check(model.window, self.config.page_tokens)
-        layout = self._layout(weights or weights_digest(params))
+        sizes = self._sizes(device)
+        self.config.truncation.check(model.window, sizes.page_tokens)
+        layout = self._layout(weights or weights_digest(params), sizes)
         store_config = store or StoreConfig()
         if self.config.reuse == "recompute":
             store_config = store_config.device_only
@@ -72,7 +73,7 @@ class Engine:
             page_tokens=layout.page_tokens,
             page_bytes=layout.page_bytes,
             num_groups=layout.num_groups,
-            chunk_sizes=self.config.chunk_tokens,
+            chunk_sizes=sizes.chunk_tokens,
         )
         pool, num_pages = self.store.pool, layout.num_pages(model.window)
         rope = rope_tables(
@@ -88,7 +89,7 @@ class Engine:
             params,
             rope,
             pool,
-            chunk_tokens=self.config.chunk_tokens,
+            chunk_tokens=sizes.chunk_tokens,
             puts_first=(is_usual if order == "auto" else order) == "put_first",
             watcher=self.store.watchers["compute"],
             kernels=self.config.kernels,
@@ -268,14 +269,17 @@ class Engine:
         }:
             raise ValueError(f"a turn of session {session_id!r} waits or runs")
 
-    def _layout(self, weights: str) -> Layout:
+    def _sizes(self, device: jax.Device) -> Sizes:
+        return self.config.sizes(device.platform, self.model.num_layers)
+
+    def _layout(self, weights: str, sizes: Sizes) -> Layout:
         model = self.model
         return Layout(
             num_layers=model.num_layers,
-            layers_per_group=self.config.layers_per_group,
+            layers_per_group=sizes.layers_per_group,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
-            page_tokens=self.config.page_tokens,
+            page_tokens=sizes.page_tokens,
             dtype=model.dtype,
             rope=f"theta={model.rope_theta} scaling={model.rope_scaling}",
             norm_eps=model.norm_eps,

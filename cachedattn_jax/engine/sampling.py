@@ -1,6 +1,6 @@
 """The next token from logits, on the device. Knows no sessions, pages or batches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import no_type_check
 
 import jax
@@ -19,12 +19,16 @@ class SamplingBatch:
 
     Attributes:
         top_k: 0 for all tokens.
+        is_greedy: whether every row takes its best token. Known when the program is
+            made: XLA for CUDA may read the outcome of a branch on the host, which then
+            waits for all programs before it.
     """
 
     temperature: Float[Array | np.ndarray, " batch"]
     top_k: Int[Array | np.ndarray, " batch"]
     top_p: Float[Array | np.ndarray, " batch"]
     seed: UInt[Array | np.ndarray, " batch"]
+    is_greedy: bool = field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +49,7 @@ def sampling_batch(params: list[SamplingParams], batch_size: int) -> SamplingBat
         top_k=np.asarray([p.top_k or 0 for p in params], np.int32),
         top_p=np.asarray([p.top_p for p in params], np.float32),
         seed=np.asarray([p.seed for p in params], np.uint32),
+        is_greedy=all(p.temperature == 0 for p in params),
     )
 
 
@@ -60,16 +65,12 @@ def sample(
             so a row does not depend on its batch mates or on when it runs.
     """
     best, second = _two_largest(logits)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    token_ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # Sorting the vocabulary costs more than a small decode step; skip it if nobody
     # asks.
-    token_ids = jax.lax.cond(
-        (params.temperature > 0).any(),
-        lambda: jnp.where(
-            params.temperature > 0, _sample_rows(logits, params, positions), greedy
-        ),
-        lambda: greedy,
-    )
+    if not params.is_greedy:
+        sampled = _sample_rows(logits, params, positions)
+        token_ids = jnp.where(params.temperature > 0, sampled, token_ids)
     return Sampled(token_ids=token_ids, margins=best - second)
 
 

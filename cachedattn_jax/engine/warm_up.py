@@ -5,10 +5,14 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from cachedattn_jax.engine.decode import Decode
+from cachedattn_jax.engine.decode import Decode, Row
 from cachedattn_jax.engine.prefill import Prefill
+from cachedattn_jax.engine.request import SamplingParams
 from cachedattn_jax.engine.sampling import sampling_batch
 from cachedattn_jax.store.device_pool import RUN_PAGES, TOGETHER, DevicePool
+
+# Greedy and sampled tokens come from different programs.
+_SAMPLINGS = (SamplingParams(), SamplingParams(temperature=1.0))
 
 
 def warm_up(
@@ -27,7 +31,9 @@ def warm_up(
         name = f"prefill of {size} tokens"
         work.append((name, lambda size=size: _prefill(prefill, decode, pool, size)))
     for size in decode.batch_sizes:
-        work.append((f"decode of {size} turns", lambda size=size: decode.run([], size)))
+        work.append(
+            (f"decode of {size} turns", lambda size=size: _decode(decode, size))
+        )
     for size in RUN_PAGES:
         work.append((f"copy of {size} pages", lambda size=size: _copy(pool, size)))
     for done, (name, compile_program) in enumerate(work):
@@ -43,9 +49,17 @@ def _prefill(prefill: Prefill, decode: Decode, pool: DevicePool, size: int) -> N
     nowhere = np.full(decode.pages_per_sequence, pool.num_slots, np.int32)
     run = prefill.begin(np.zeros(size, np.int32), 0, nowhere)
     run.advance()
-    decode.last_tokens, _ = prefill.first_token(
-        run, decode.last_tokens, decode.num_seats, sampling_batch([], 1)
-    )
+    for params in _SAMPLINGS:
+        decode.last_tokens, _ = prefill.first_token(
+            run, decode.last_tokens, decode.num_seats, sampling_batch([params], 1)
+        )
+
+
+def _decode(decode: Decode, size: int) -> None:
+    table = np.zeros(decode.pages_per_sequence, np.int32)
+    for params in _SAMPLINGS:
+        row = Row(seat=decode.num_seats, page_table=table, length=0, sampling=params)
+        decode.run([row], size)
 
 
 def _copy(pool: DevicePool, size: int) -> None:
