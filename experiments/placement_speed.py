@@ -8,8 +8,8 @@ and the bytes that an idle conversation takes.
     cachedattn run configs/placement_speed.gin         1 CPU core, about 3 minutes
 
 Expected: at most 50 microseconds a turn, 20 s for 52K turns, 30 minutes for 5 M turns,
-1 KB for a conversation. Times of a turn are medians over batches of turns, less what the
-stopwatch takes, which is measured in the same run; those of whole simulations are
+1 KB for a conversation. Times of a turn are medians over batches of turns, less what
+the stopwatch takes, which is measured in the same run; those of whole simulations are
 seconds of one core.
 """
 

@@ -46,6 +46,7 @@ class Placement:
         self._rests = Rests(config.ttl_s)
         self._tenants = Tenants(config)
         self._policy = policy(config.policy, config.token_weight)
+        self._only_policy = (self._policy,)
         # Closed sessions go before all others, pinned ones after them.
         self._closed, self._pinned = LRU(), LRU()
         self._num_born = 0
@@ -191,9 +192,9 @@ class Placement:
             self._crossed(standing, tier, num_bytes)
         if tier is Tier.DEVICE:
             return
-        tenant = self._tenants.find(standing.tenant) if self._tenants else None
-        if tenant is not None:
-            tenant.num_bytes += num_bytes - before
+        tenants = self._tenants.by_name
+        if tenants and standing.tenant in tenants:
+            tenants[standing.tenant].num_bytes += num_bytes - before
         if standing.num_running and tier is Tier.HOST:
             self._room.running_host_bytes += num_bytes - before
 
@@ -239,7 +240,7 @@ class Placement:
         # What is fetched must not leave again for what is fetched next.
         is_sparing = spares_next and self.config.is_prefetching
         spared_until = first if is_sparing and tier is not Tier.DISK else 0
-        if self._tenants:
+        if self._tenants.by_name:
             chosen = self._by_tenant(tier, now, first, spared_until)
         else:
             chosen = self._policy.victims(tier, now, first)
@@ -273,7 +274,7 @@ class Placement:
 
         What is given up is reported before the next is asked for.
         """
-        return self._excesses(now) if self._tenants else ()
+        return self._excesses(now) if self._tenants.by_name else ()
 
     # ---- parts ----
 
@@ -310,8 +311,8 @@ class Placement:
 
     def _policies(self, standing: Standing) -> tuple[Policy, ...]:
         """Those that learn from what a session does."""
-        own = self._tenants.find(standing.tenant) if self._tenants else None
-        return (self._policy,) if own is None else (self._policy, own.policy)
+        own = self._tenants.by_name.get(standing.tenant)
+        return self._only_policy if own is None else (self._policy, own.policy)
 
     def _orders(self, standing: Standing) -> tuple[Policy, ...]:
         """Those that a session stands in as it is now."""
@@ -320,7 +321,7 @@ class Placement:
         if standing.is_pinned:
             return (self._pinned,)
         if standing.is_closed and not standing.tickets:
-            own = self._tenants.find(standing.tenant)
+            own = self._tenants.by_name.get(standing.tenant)
             return (self._closed,) if own is None else (self._closed, own.closed)
         return self._policies(standing)
 
