@@ -6,16 +6,12 @@ comes from outside, so that a simulator can ask the same questions. Sections 3.3
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
 
+from cachedattn_jax.store.placement.orders import Orders
 from cachedattn_jax.store.placement.placement_config import PlacementConfig
-from cachedattn_jax.store.placement.policies import policy
-from cachedattn_jax.store.placement.policy import Policy
-from cachedattn_jax.store.placement.recency import LRU
 from cachedattn_jax.store.placement.rests import Rests
 from cachedattn_jax.store.placement.room import Room
 from cachedattn_jax.store.placement.standing import Session, Standing
-from cachedattn_jax.store.placement.tenants import Tenants
 from cachedattn_jax.store.placement.tier import Tier
 from cachedattn_jax.store.placement.waiting_turns import WaitingTurns
 
@@ -47,10 +43,7 @@ class Placement:
         )
         self._queue = WaitingTurns()
         self._rests = Rests(config.ttl_s)
-        self._tenants = Tenants(config)
-        self._policy = policy(config.policy, config.token_weight)
-        # Closed sessions go before all others, pinned ones after them.
-        self._closed, self._pinned = LRU(), LRU()
+        self._orders = Orders(config)
         self._num_born = 0
         self._num_entries = 0
         # A dictionary for each session, which one policy only asks for.
@@ -80,7 +73,7 @@ class Placement:
         if standing.is_idle:
             self._rests.end(standing)
             if standing.num_turns:
-                for order in self._policies(standing):
+                for order in self._orders.policies(standing):
                     order.returned(standing, now)
         if self._queue.add(standing, ticket):
             self._announce(standing)
@@ -93,12 +86,12 @@ class Placement:
             standing.tickets = rest
             return
         if standing.is_closed and not rest:  # from now on it is the first to go
-            self._withdraw(standing)
+            self._orders.withdraw(standing)
             standing.tickets = ()
-            self._restore(standing)
+            self._orders.restore(standing)
         else:
             standing.tickets = ()
-            for order in self._orders(standing):
+            for order in self._orders.of(standing):
                 order.unqueued(standing, ticket)
             standing.tickets = rest
         if rest:
@@ -111,7 +104,7 @@ class Placement:
         standing = self.standings[session]
         rest = self._queue.remove(standing, ticket)
         is_first = standing.tickets[0] == ticket
-        self._withdraw(standing)
+        self._orders.withdraw(standing)
         standing.tickets = rest
         if is_first and rest:
             self._queue.note_fetch(standing)
@@ -140,16 +133,16 @@ class Placement:
         standing.num_running -= 1
         if standing.num_running == 0:
             self._room.running_host_bytes -= standing.num_bytes.get(Tier.HOST, 0)
-        if _is_stored(standing):
+        if standing.is_stored:
             self._room.stored_kv_bytes += kv_bytes - standing.kv_bytes
         standing.num_turns, standing.num_tokens = num_turns, num_tokens
         standing.kv_bytes, standing.kind = kv_bytes, None
         standing.used_at, standing.returns_at = now, returns_at
-        self._restore(standing)
+        self._orders.restore(standing)
         if standing.is_idle:
             self._rests.begin(standing, now)
             if not standing.is_closed:
-                for order in self._policies(standing):
+                for order in self._orders.policies(standing):
                     order.rested(standing, now)
 
     def closed(self, session: Session) -> None:
@@ -160,7 +153,7 @@ class Placement:
         standing = self.standings.get(session)
         if standing is not None and not standing.is_closed:
             self._mark(standing, is_closed=True)
-            for order in self._policies(standing):
+            for order in self._orders.policies(standing):
                 order.closed(standing)
 
     def pinned(self, session: Session, is_pinned: bool, tenant: str = "") -> None:
@@ -198,9 +191,9 @@ class Placement:
             self._crossed(standing, tier, num_bytes)
         if tier is Tier.DEVICE:
             return
-        tenant = self._tenants.find(standing.tenant) if self._tenants else None
-        if tenant is not None:
-            tenant.num_bytes += num_bytes - before
+        tenants = self._orders.tenants.by_name
+        if tenants and standing.tenant in tenants:
+            tenants[standing.tenant].num_bytes += num_bytes - before
         if standing.num_running and tier is Tier.HOST:
             self._room.running_host_bytes += num_bytes - before
 
@@ -246,16 +239,7 @@ class Placement:
         # What is fetched must not leave again for what is fetched next.
         is_sparing = spares_next and self.config.is_prefetching
         spared_until = first if is_sparing and tier is not Tier.DISK else 0
-        if self._tenants:
-            chosen = self._by_tenant(tier, now, first, spared_until)
-        else:
-            chosen = self._policy.victims(tier, now, first)
-            if spared_until:
-                chosen = (s for s in chosen if not _is_before(s, spared_until))
-        closed = self._closed.victims(tier, now)
-        if tier is Tier.DEVICE:
-            return chain(closed, chosen, self._pinned.victims(tier, now))
-        return chain(closed, chosen)
+        return self._orders.victims(tier, now, first, spared_until)
 
     def to_fetch(self) -> Iterable[Standing]:
         """Sessions in the prefetch window that have pages on disk only, next first.
@@ -280,31 +264,9 @@ class Placement:
 
         What is given up is reported before the next is asked for.
         """
-        return self._excesses(now) if self._tenants else ()
+        return self._orders.over_quota(now)
 
     # ---- parts ----
-
-    def _by_tenant(
-        self, tier: Tier, now: float, first: int | float, spared_until: int | float
-    ) -> Iterator[Standing]:
-        """The policy's order, behind sessions of tenants over their quota."""
-        given: set[Standing] = set()
-        for tenant in self._tenants.over_quota():
-            for standing in tenant.policy.victims(tier, now):
-                if not _is_before(standing, spared_until):
-                    given.add(standing)
-                    yield standing
-        for standing in self._policy.victims(tier, now, first):
-            if not (standing in given or _is_before(standing, spared_until)):
-                yield standing
-
-    def _excesses(self, now: float) -> Iterator[tuple[Standing, Tier, int]]:
-        for tenant in list(self._tenants.over_quota()):
-            for tier in (Tier.DISK, Tier.HOST):
-                for standing in list(tenant.victims(tier, now)):
-                    if tenant.excess <= 0:
-                        break
-                    yield standing, tier, tenant.excess
 
     def _standing(self, session: Session, tenant: str) -> Standing:
         standing = self.standings.get(session)
@@ -312,70 +274,35 @@ class Placement:
             self._num_born += 1
             standing = Standing(session, self._num_born, tenant)
             self.standings[session] = standing
-            self._tenants.meet(tenant)
+            self._orders.tenants.meet(tenant)
         return standing
 
-    def _policies(self, standing: Standing) -> tuple[Policy, ...]:
-        """Those that learn from what a session does."""
-        own = self._tenants.find(standing.tenant) if self._tenants else None
-        return (self._policy,) if own is None else (self._policy, own.policy)
-
-    def _orders(self, standing: Standing) -> tuple[Policy, ...]:
-        """Those that a session stands in as it is now."""
-        if standing.num_running:
-            return ()
-        if standing.is_pinned:
-            return (self._pinned,)
-        if standing.is_closed and not standing.tickets:
-            own = self._tenants.find(standing.tenant)
-            return (self._closed,) if own is None else (self._closed, own.closed)
-        return self._policies(standing)
-
     def _announce(self, standing: Standing) -> None:
-        for order in self._orders(standing):
+        for order in self._orders.of(standing):
             order.queued(standing)
         self._queue.note_fetch(standing)
 
     def _mark(self, standing: Standing, **marks: bool) -> None:
-        self._withdraw(standing)
+        self._orders.withdraw(standing)
         for name, value in marks.items():
             setattr(standing, name, value)
-        self._restore(standing)
-
-    def _withdraw(self, standing: Standing) -> None:
-        for order in self._orders(standing):
-            for tier in standing.num_bytes:
-                order.left(standing, tier)
-
-    def _restore(self, standing: Standing) -> None:
-        for order in self._orders(standing):
-            for tier in standing.num_bytes:
-                order.entered(standing, tier)
+        self._orders.restore(standing)
 
     def _crossed(self, standing: Standing, tier: Tier, num_bytes: int) -> None:
         """The session came into a tier, or left it."""
-        held, was_stored = standing.num_bytes, _is_stored(standing)
+        held, was_stored = standing.num_bytes, standing.is_stored
         if num_bytes:
             held[tier] = num_bytes
             self._num_entries += 1
             if self._notes_entries:
                 standing.entered[tier] = self._num_entries
-            for order in self._orders(standing):
+            for order in self._orders.of(standing):
                 order.entered(standing, tier)
         else:
-            for order in self._orders(standing):
+            for order in self._orders.of(standing):
                 order.left(standing, tier)
             del held[tier]
             standing.entered.pop(tier, None)
-        num_more = _is_stored(standing) - was_stored
+        num_more = standing.is_stored - was_stored
         self._room.num_stored += num_more
         self._room.stored_kv_bytes += num_more * standing.kv_bytes
-
-
-def _is_before(standing: Standing, ticket: int | float) -> bool:
-    return bool(standing.tickets) and standing.tickets[0] < ticket
-
-
-def _is_stored(standing: Standing) -> bool:
-    """Whether any of it lies below the device."""
-    return Tier.HOST in standing.num_bytes or Tier.DISK in standing.num_bytes

@@ -50,3 +50,8 @@ class Standing:
     def is_idle(self) -> bool:
         """Whether nobody waits for it."""
         return not self.tickets and not self.num_running
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether any of it lies below the device."""
+        return Tier.HOST in self.num_bytes or Tier.DISK in self.num_bytes

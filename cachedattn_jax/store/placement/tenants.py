@@ -36,26 +36,23 @@ class Tenant:
 
 
 class Tenants:
-    """Tenants with a quota, by name, from their first session on."""
+    """Tenants with a quota.
+
+    Attributes:
+        by_name: from their first session on; empty where nobody has a quota.
+    """
 
     def __init__(self, config: PlacementConfig) -> None:
         self._config = config
-        self._tenants: dict[str, Tenant] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._tenants)
+        self.by_name: dict[str, Tenant] = {}
 
     def meet(self, name: str) -> None:
         """A session of a tenant was seen for the first time."""
         quota = self._config.quota(name)
-        if quota is not None and name not in self._tenants:
+        if quota is not None and name not in self.by_name:
             order = policy(self._config.policy, self._config.token_weight)
-            self._tenants[name] = Tenant(quota=quota, policy=order)
-
-    def find(self, name: str) -> Tenant | None:
-        """None for tenants without a quota."""
-        return self._tenants.get(name)
+            self.by_name[name] = Tenant(quota=quota, policy=order)
 
     def over_quota(self) -> Iterator[Tenant]:
         """Those that hold too much now."""
-        return (tenant for tenant in self._tenants.values() if tenant.excess > 0)
+        return (tenant for tenant in self.by_name.values() if tenant.excess > 0)
