@@ -27,6 +27,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -107,9 +108,10 @@ def run(
             " and 0, or the order of events depends on the clock"
         )
     config = replace(preset(model), window=window)
+    page_tokens = engine.sizes(jax.default_backend(), config.num_layers).page_tokens
     params = init_params(config, seed)
     asks = _asks(
-        np.random.default_rng(seed), window, engine.page_tokens, num_sessions, num_turns
+        np.random.default_rng(seed), window, page_tokens, num_sessions, num_turns
     )
     budgets = device_pages, host_pages, disk_pages
     links = (
@@ -188,9 +190,10 @@ def _engine(
         np.float32 if config.dtype == "float32" else np.int16
     ).itemsize
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    size = engine.page_tokens * per_token * item_bytes
+    page_tokens = engine.sizes(jax.default_backend(), config.num_layers).page_tokens
+    size = page_tokens * per_token * item_bytes
     device, host, disk = budgets
-    window = -(-config.window // engine.page_tokens)
+    window = -(-config.window // page_tokens)
     store = StoreConfig(
         device_bytes=(device + window) * size,
         host_bytes=host * size,

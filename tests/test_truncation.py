@@ -96,7 +96,8 @@ def test_after_any_truncations_tokens_equal_dense_attention_over_what_was_kept(
         record = record_of(engine, session)
         num_dropped = sum(item.num_dropped for item in record.truncations)
         move_down(engine, list(Tier)[rng.integers(3)])
-        chain = Chain(layout=engine.store.layout, salt=b"default")
+        salt = engine.store.salts.of("default")
+        chain = Chain(layout=engine.store.layout, salt=salt)
         known = record.token_ids, record.truncations, record.cached_length
         assert record.chain == chain.after(*known), "keys do not follow from the record"
     assert sum(turn.num_truncations for turn in turns) >= 3
