@@ -4,7 +4,7 @@ N replicas, each with memory of its own and the same load; all turns of a sessio
 one replica (affinity), or each turn to any. A random turn finds what its session left
 on that replica long ago, the chance of which falls with N.
 
-    cachedattn run configs/cluster.gin                 2 CPU cores, about 4 minutes
+    cachedattn run configs/cluster.gin                 2 CPU cores, about 5 minutes
 
 Expected: hits with affinity do not depend on N; at random they fall as 1 / N. Traffic
 and memory of a replica are a tenth of what a GPU takes, so that 1,000 fit a laptop.
