@@ -36,7 +36,7 @@ _RULE, _RULE_HIT = 0.25, 98.0
 # More than all sessions of any setting take.
 _UNLIMITED = 10**16
 _WHY = (
-    "the figure does not say how it counts first turns: below a ratio of 0.13 it is"
+    "the figure does not say how it counts first turns: up to a ratio of 0.13 it is"
     " nearer to our rate with them, above only the rate without them can reach it; and"
     " DSpUT is counted here over the hour with most distinct sessions served"
 )

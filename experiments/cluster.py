@@ -4,7 +4,7 @@ N replicas, each with memory of its own and the same load; all turns of a sessio
 one replica (affinity), or each turn to any. A random turn finds what its session left
 on that replica long ago, the chance of which falls with N.
 
-    cachedattn run configs/cluster.gin                 2 CPU cores, about 4 minutes
+    cachedattn run configs/cluster.gin                 2 CPU cores, about 5 minutes
 
 Expected: hits with affinity do not depend on N; at random they fall as 1 / N. Traffic
 and memory of a replica are a tenth of what a GPU takes, so that 1,000 fit a laptop.
@@ -13,6 +13,7 @@ and memory of a replica are a tenth of what a GPU takes, so that 1,000 fit a lap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -60,7 +61,8 @@ def run(
 
     Args:
         sessions_per_replica: that begin in so many hours. A cluster too small for
-            the sessions of `setting` is played for longer.
+            the sessions of `setting` is played again with other seeds, not for longer:
+            stores that fill for hours hit less than those that fill for one.
         capacity_gb: host memory and disk of a replica.
     """
     if not setting.is_generated:
@@ -70,12 +72,10 @@ def run(
     jobs: dict[tuple[int, Routing], Callable[[], Served]] = {
         (count, routing): partial(
             serve,
-            replace(
-                setting,
-                num_sessions=max(setting.num_sessions, sessions_per_replica * count),
-            ),
+            replace(setting, num_sessions=sessions_per_replica * count),
             count,
             routing,
+            num_times=-(-setting.num_sessions // (sessions_per_replica * count)),
             capacity_bytes=capacity_gb * 1e9,
             sessions_per_s=sessions_per_replica * count / (3600 * hours),
         )
@@ -102,10 +102,40 @@ def serve(
     num_replicas: int,
     routing: Routing,
     *,
+    num_times: int = 1,
     capacity_bytes: float,
     sessions_per_s: float,
 ) -> Served:
-    """Simulates one cluster."""
+    """Simulates one cluster, several times with other seeds; means of all."""
+    found = [
+        _serve_once(
+            replace(setting, seed=setting.seed + time),
+            num_replicas,
+            routing,
+            capacity_bytes=capacity_bytes,
+            sessions_per_s=sessions_per_s,
+        )
+        for time in range(num_times)
+    ]
+    return Served(
+        hit=fmean(one.hit for one in found),
+        ttft_s={
+            name: fmean(one.ttft_s[name] for one in found) for name in found[0].ttft_s
+        },
+        imbalance=fmean(one.imbalance for one in found),
+        num_turns=sum(one.num_turns for one in found),
+        cpu_s=sum(one.cpu_s for one in found),
+    )
+
+
+def _serve_once(
+    setting: QueueSetting,
+    num_replicas: int,
+    routing: Routing,
+    *,
+    capacity_bytes: float,
+    sessions_per_s: float,
+) -> Served:
     trace = setting.columns()
     # Think times stay.
     last_s = trace.num_sessions / sessions_per_s

@@ -103,10 +103,9 @@ class Placement:
         """The turn with this ticket left the queue and runs from now on."""
         standing = self.standings[session]
         rest = self._queue.remove(standing, ticket)
-        is_first = standing.tickets[0] == ticket
         self._orders.withdraw(standing)
         standing.tickets = rest
-        if is_first and rest:
+        if rest:
             self._queue.note_fetch(standing)
         standing.num_running += 1
         standing.used_at = now
@@ -214,7 +213,7 @@ class Placement:
     # ---- decisions ----
 
     def wanted_free_bytes(self, free_bytes: int) -> int:
-        """How much host memory the background should make free; see `Room`."""
+        """How much host memory to make free in the background; see `Room`."""
         return self._room.wanted_free_bytes(free_bytes)
 
     def victims(
