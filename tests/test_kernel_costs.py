@@ -82,7 +82,8 @@ def test_the_speed_experiment_runs_and_says_what_refuses(tmp_path):
         product_size=64,
     )
     claims = {claim.name: claim for claim in summary["claims"]}
-    assert claims["error_over_absolute_positions"].holds
+    assert claims["decode_error_over_absolute_positions"].holds
+    assert claims["prefill_error_over_absolute_positions"].holds
     assert claims["decode_share_of_copy"].value is None  # its case was not run
     rows = {(row["backend"], row["operation"]): row for row in summary["rows"]}
     assert rows["auto", "decode"]["bytes_s"] > 0

@@ -109,6 +109,7 @@ def test_a_server_that_dies_costs_a_bounded_time_and_no_token(server):
     for name in ("a", "new", "a"):
         turn = ask(engine, name, [5, 6])
         assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 4))
+        assert isinstance(stored(turn).exception(timeout=20), StorageFailure)
     # Nobody can know what was said: an answer would be to another conversation.
     with pytest.raises(StorageFailure, match="'only stored' cannot be read now"):
         engine.submit(request("only stored", [5]))

@@ -85,6 +85,11 @@ class DiskTier:
     def can_be_written(self) -> bool:
         return not self.root.kv.writing.is_open
 
+    @property
+    def leaving(self) -> Sequence["Future[None]"]:
+        """Deletions under way."""
+        return tuple(self._leaving.values())
+
     def list(self) -> list[tuple[str, PageKey]]:
         """(tenant, key) of every object, without reading any."""
         found = list_pages(self.root)

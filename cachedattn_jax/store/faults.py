@@ -88,12 +88,17 @@ class Faults:
         with self._lock:
             return self._random.randrange(num_places)
 
-    def delay(self, seconds: float, timeout_s: float | None) -> None:
-        """Waits so long, or raises TimeoutError when the caller's patience is over."""
+    def delay(self, seconds: float, timeout_s: float | None) -> bool:
+        """Waits so long; whether it did, and was not cut short by healing.
+
+        Raises:
+            TimeoutError: the caller's patience was over before.
+        """
         limit_s = seconds if timeout_s is None else min(seconds, timeout_s)
         is_healed = self._healed.wait(limit_s)
         if not is_healed and timeout_s is not None and seconds > timeout_s:
             raise TimeoutError("injected")
+        return not is_healed
 
 
 class _Struck:
@@ -186,7 +191,7 @@ class FaultyKv:
         config = self._faults.config
         if kind in _ERRORS:
             raise ValueError(_ERRORS[kind])
-        if kind == "hang":
-            self._faults.delay(config.hang_s, timeout)
+        if kind == "hang" and not self._faults.delay(config.hang_s, timeout):
+            self._faults.spare(kind)
         if kind == "latency":
             self._faults.delay(config.latency_s, timeout)

@@ -1,5 +1,8 @@
 """Names of objects in a root. Knows folders; does not know what the objects hold."""
 
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+
 from cachedattn_jax.store.page import PageKey
 from cachedattn_jax.store.root import Root
 
@@ -30,12 +33,16 @@ def page_name(tenant: str, key: PageKey) -> str:
     return f"{PAGES}{tenant}/{name[:2]}/{name[2:]}"
 
 
-def remove_folders(root: Root, tenant: str) -> None:
+def remove_folders(root: Root, tenant: str, after: Sequence[Future[None]] = ()) -> None:
     """Deletes every object of a tenant, whose name is quoted.
+
+    Args:
+        after: deletions under way, which hold locks beside the objects.
 
     Raises:
         StorageFailure: something may be left.
     """
+    wait(after)
     for prefix in (SESSIONS, PAGES, QUARANTINE):
         for name in root.list(f"{prefix}{tenant}/"):
             root.kv.write(f"{prefix}{tenant}/{name}", None).result()

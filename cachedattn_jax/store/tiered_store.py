@@ -355,7 +355,8 @@ class TieredStore:
                 self._forget_pages(session)
         if self.root is None:
             return done_already()
-        return self.root.submit_in_order(remove_folders, self.root, folder)
+        leaving = self.disk.leaving if self.disk else ()
+        return self.root.submit_in_order(remove_folders, self.root, folder, leaving)
 
     def lose(self, session: str) -> None:
         """Gives up all pages of a session that no turn holds; its record stays."""
