@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cachedattn_jax.engine.calibrate import _line
 from cachedattn_jax.engine.cost_constants import Constants, Link
 from tests.costs import CONSTANT_SETS, CONSTANTS
 
@@ -52,3 +53,10 @@ def test_a_missing_part_of_a_description_is_named(missing):
 def test_a_copy_takes_its_latency_and_its_bytes_and_nothing_takes_none():
     assert Link(0.5, 100.0).seconds(200) == 2.5
     assert Link(0.5, 100.0).seconds(0) == 0.0
+
+
+def test_a_small_copy_that_was_held_up_leaves_a_link_that_can_be_used():
+    link = _line([(100, 2.0), (1000, 1.0)])
+    assert link == Link(0.0, 1000.0)
+    usual = _line([(100, 1.0), (1000, 1.9)])
+    assert (usual.latency_s, usual.bytes_per_s) == pytest.approx((0.9, 1000.0))
