@@ -14,7 +14,6 @@ the modes first differ is a claim.
 import dataclasses
 from collections.abc import Mapping
 
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
@@ -31,6 +30,7 @@ from cachedattn_jax.timeline import busy_s
 from experiments.measures import SOURCES, compare_tokens, mode_summary
 from experiments.replay import Replayed, replay
 from experiments.report import write_report
+from experiments.reuse import plot_ttft
 from experiments.workload import Workload
 
 MODES = ("cached", "recompute")
@@ -88,7 +88,7 @@ def run(
         run_directory.append_turns([{"mode": mode, **row} for row in rows])
     summary = _summary(played, modes, replays)
     _print(modes)
-    figures["Time to first token against history"] = _plot(replays)
+    figures["Time to first token against history"] = plot_ttft(replays)
     write_report(run_directory, f"{model}: cached against recomputed", summary, figures)
     return summary
 
@@ -211,18 +211,3 @@ def _print(modes: Mapping[str, dict]) -> None:
     for name in ("prefill_total_s", "gpu_busy_s", "wall_s"):
         add(name, lambda m: f"{m[name]:.2f}")  # noqa: B023
     Console().print(table)
-
-
-def _plot(replays: Mapping[str, Replayed]) -> Figure:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for mode, replayed in replays.items():
-        turns = replayed.turns.values()
-        axes.plot(
-            [len(turn.prompt) for turn in turns],
-            [1e3 * (turn.prefill_s or 0) for turn in turns],
-            ".",
-            label=mode,
-        )
-    axes.set(xlabel="prompt, tokens", ylabel="time to first token, ms", ylim=(0, None))
-    axes.legend()
-    return figure

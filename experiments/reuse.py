@@ -90,7 +90,7 @@ def run(
     summary["counters"] = counted
     _print_modes(console, summary["modes"])
     figures = {
-        "Time to first token against history": _plot_ttft(replays),
+        "Time to first token against history": plot_ttft(replays),
         "Where prompt tokens came from": _plot_sources(summary["modes"]),
         "The turn with most to load, layer group by layer group": draw_turn(
             events["cached"], busiest_turn(events["cached"])
@@ -240,7 +240,7 @@ def _print_modes(console: Console, modes: Mapping[str, dict]) -> None:
     console.print(table)
 
 
-def _plot_ttft(replays: Mapping[str, Replayed]) -> Figure:
+def plot_ttft(replays: Mapping[str, Replayed]) -> Figure:
     """Each turn a dot: without the store the time grows with the history."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for mode, replayed in replays.items():
