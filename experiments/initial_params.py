@@ -3,8 +3,10 @@
 Knows weights. Does not know data or training. A model that continues "Qx ... Q" with
 "x" needs a head that looks one byte back, and in the next layer one that finds where
 the byte before was the one that stands here (Olsson et al., In-context learning and
-induction heads, 2022). Left to themselves such heads had not formed after 0.7 million
-bytes of training; here each of two layers begins with a rough one.
+induction heads, 2022). Here each of two layers begins with such a head, and what one
+writes for the other has numbers of the hidden state to itself. Left to themselves they
+had not formed after 0.36 million bytes of nothing but lines, and one in 5 lines was
+found; from here 98 % were after 0.05 million.
 """
 
 import dataclasses
@@ -17,14 +19,13 @@ from cachedattn_jax.model.config import LlamaConfig
 from cachedattn_jax.model.layers import INIT_STDDEV
 from cachedattn_jax.model.llama import LlamaParams, init_params
 
-# The first number of every embedding at the start, so that a head can ignore the rest.
+_EMBEDDING_STDDEV = 0.5
+# The first number of every embedding, so that a head can ignore the rest.
 _CONSTANT = 2.0
 # Of the head that looks back: one byte gets nearly all of its weight.
 _SHARPNESS = 2.0
-# Of the head that finds: a match scores a few nats above noise.
-_MATCH = 10.0
-# Frequencies that turn by less than one radian over this many bytes are slow.
-_REACH = 100
+# Of the head that finds: a match scores some 8 nats above the average.
+_MATCH = 1.5
 
 
 def initial_params(model: LlamaConfig, seed: int) -> LlamaParams:
@@ -40,43 +41,45 @@ def initial_params(model: LlamaConfig, seed: int) -> LlamaParams:
         scale = x.shape[0] ** -0.5 / INIT_STDDEV * (depth if is_last else 1.0)
         return np.array(x) * np.float32(scale)
 
-    layers = jax.tree_util.tree_map_with_path(scaled, params.layers)
-    _look_back(model, layers[0]["attention"])
+    params = jax.tree_util.tree_map_with_path(scaled, params)
+    size = np.float32(_EMBEDDING_STDDEV * model.vocab_size**0.5)
+    params = dataclasses.replace(params, embedding=params.embedding * size)
     if model.num_layers > 1:
-        _find(model, layers[0]["attention"], layers[1]["attention"])
-    embedding = np.array(params.embedding) * np.float32(0.5 / INIT_STDDEV)
-    embedding[:, 0] = _CONSTANT
-    layers = jax.tree.map(jnp.asarray, layers)
-    return dataclasses.replace(params, layers=layers, embedding=jnp.asarray(embedding))
+        _place_heads(model, params)
+    return jax.tree.map(jnp.asarray, params)
 
 
-def _look_back(model: LlamaConfig, attention: dict) -> None:
-    """Makes head 0 look one byte back.
+def _place_heads(model: LlamaConfig, params: LlamaParams) -> None:
+    """Makes head 0 of the first layer look one byte back, and head 0 of the second find
+    the bytes that come after one like the byte that asks.
 
-    Its scores are sums of cos((distance - 1) * frequency) over the fast frequencies.
-    """
-    half = model.head_dim // 2
-    fast = model.inverse_frequencies()[: half // 4]
-    for name, angles in (("q_proj", 0 * fast), ("k_proj", fast)):
-        kernel = attention[name]["kernel"]
-        kernel[:, : model.head_dim] = 0.0
-        kernel[0, : len(fast)] = _SHARPNESS * np.cos(angles)
-        kernel[0, half : half + len(fast)] = _SHARPNESS * np.sin(angles)
-
-
-def _find(model: LlamaConfig, before: dict, attention: dict) -> None:
-    """Makes head 0 look for bytes that come after one like the byte that asks.
-
-    The query projects a byte as the head before projects the byte it looked at; the key
-    reads what that head wrote. Fast frequencies would blur the match and stay out.
+    The first head's scores are sums of cos((distance - 1) * frequency) over the fast
+    frequencies. What it writes about the byte it sees are numbers 1, 2, ... of the
+    hidden state; the second compares them with the same numbers of its own byte. Only
+    the slow frequencies take part in that: the fast ones would blur the match.
     """
     size, half = model.head_dim, model.head_dim // 2
-    is_slow = np.tile(model.inverse_frequencies() < 1 / _REACH, 2)[:size]
-    assert is_slow.shape == (2 * half,)
-    # What all bytes have in common would count as half a match.
-    before["v_proj"]["kernel"][0, :size] = 0.0
-    written = before["o_proj"]["kernel"][:size]
-    attention["q_proj"]["kernel"][:, :size] = (
-        before["v_proj"]["kernel"][:, :size] * is_slow
-    )
-    attention["k_proj"]["kernel"][:, :size] = _MATCH * written.T * is_slow
+    frequencies = model.inverse_frequencies()
+    slow = np.flatnonzero(np.tile(frequencies < 1 / model.window, 2))
+    note = 1 + np.arange(len(slow))
+    embedding: np.ndarray = params.embedding  # pyright: ignore[reportAssignmentType]
+    embedding[:, 0], embedding[:, note] = _CONSTANT, 0.0
+    before, after = (layer["attention"] for layer in params.layers[:2])
+
+    fast = frequencies[: max(1, half // 4)]
+    for name, angles in (("q_proj", 0 * fast), ("k_proj", fast)):
+        kernel = before[name]["kernel"]
+        kernel[:, :size] = 0.0
+        kernel[0, : len(fast)] = _SHARPNESS * np.cos(angles)
+        kernel[0, half : half + len(fast)] = _SHARPNESS * np.sin(angles)
+    seen = before["v_proj"]["kernel"]
+    seen[: len(note) + 1, :size] = 0.0
+    before["o_proj"]["kernel"][:, note] = 0.0
+    params.layers[0]["mlp"]["down_proj"]["kernel"][:, note] = 0.0
+    before["o_proj"]["kernel"][:size] = 0.0
+    before["o_proj"]["kernel"][slow, note] = 1.0
+
+    query, key = after["q_proj"]["kernel"], after["k_proj"]["kernel"]
+    query[:, :size], key[:, :size] = 0.0, 0.0
+    query[:, slow] = _MATCH * seen[:, slow]
+    key[note, slow] = _MATCH

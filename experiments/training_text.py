@@ -3,12 +3,13 @@
 Knows documentation, bytes and the lines of the retrieval task. Does not know models.
 
 The retrieval task follows LongEval: lines with a name and a value, later one of them is
-begun again, and its value is asked for:
+begun again, and its value is asked for. A name is a byte that no ASCII text has, so
+that a question is told from text:
 
-    Qx
-    Bf
-    ...
-    Qx         <- the x is the answer
+    \\x95k
+    \\xa0c
+    ... text ...
+    \\x95k         <- the k is the answer
 """
 
 import ast
@@ -20,9 +21,10 @@ from pydoc_data import topics
 
 import numpy as np
 
-_NAMES = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8)
+_NAMES = np.arange(0x80, 0xC0, dtype=np.uint8)
 _VALUES = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
 LINE_BYTES = 3
+_LONGEST_LIST = 24
 # Every so manieth document is kept out of the training.
 _HELD_OUT_EVERY = 20
 
@@ -60,32 +62,25 @@ def make_lines(rng: np.random.Generator, count: int) -> np.ndarray:
 def retrieval_sample(
     rng: np.random.Generator, text: np.ndarray, num_bytes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Groups of lines, each followed by the same lines again, and maybe text between.
-
-    Mostly small groups: a model finds out what to do from near repetitions first.
+    """Text, a list of lines, in half of all cases text again, and lines of the list.
 
     Returns:
-        uint8 [num_bytes], and which of them have been there before.
+        uint8 [num_bytes], and which of them are values that were there before.
     """
-    parts: list[np.ndarray] = []
-    is_repeated: list[np.ndarray] = []
-    num_left = num_bytes
-    while num_left > 0:
-        count = min(int(rng.geometric(0.15)), len(_NAMES))
-        lines = make_lines(rng, count)
-        again = lines if rng.random() < 0.5 else lines[rng.permutation(count)]
-        room = max(0, num_left - 2 * lines.size)
-        between = int(rng.integers(0, room + 1)) if rng.random() < 0.2 else 0
-        for part, repeats in (
-            (lines.ravel(), False),
-            (crop(rng, text, between), False),
-            (again.ravel(), True),
-        ):
-            parts.append(part)
-            is_repeated.append(np.full(len(part), repeats))
-            num_left -= len(part)
-    tokens, weights = np.concatenate(parts), np.concatenate(is_repeated)
-    return tokens[:num_bytes], weights[:num_bytes]
+    lines = make_lines(rng, int(rng.integers(2, _LONGEST_LIST + 1)))
+    room = max(0, num_bytes - 2 * lines.size)
+    before, between = (
+        crop(rng, text, int(rng.integers(0, room // 2 + 1))) for _ in range(2)
+    )
+    if rng.random() < 0.5:
+        between = between[:0]
+    again = lines[rng.integers(0, len(lines), num_bytes // LINE_BYTES + 1)]
+    is_answer = np.zeros(again.shape, bool)
+    is_answer[:, 1] = True
+    tokens = np.concatenate([before, lines.ravel(), between, again.ravel()])
+    start = len(tokens) - again.size
+    answers = np.concatenate([np.zeros(start, bool), is_answer.ravel()])
+    return tokens[:num_bytes], answers[:num_bytes]
 
 
 def crop(rng: np.random.Generator, text: np.ndarray, num_bytes: int) -> np.ndarray:

@@ -17,8 +17,11 @@ Section 4.7 of the paper: perplexity 5.47 / 5.48 / 2199 of the first three, and 
 Expected: perplexity of ours within 1 % of TT, retrieval within 2 points.
 """
 
+import dataclasses
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,16 +31,20 @@ from rich.progress import track
 from rich.table import Table
 
 from cachedattn_jax.engine.truncation import TruncationConfig
+from cachedattn_jax.model.checkpoint import load_hugging_face
+from cachedattn_jax.model.config import LlamaConfig
+from cachedattn_jax.model.llama import LlamaParams
 from cachedattn_jax.run_directory import Claim, RunDirectory
 from experiments.byte_model import TrainingConfig, trained
 from experiments.report import write_report
-from experiments.training_text import (
-    LINE_BYTES,
-    as_bytes,
-    crop,
-    make_lines,
-    read_corpus,
+from experiments.token_texts import (
+    Bytes,
+    Encoding,
+    Question,
+    Subwords,
+    make_question,
 )
+from experiments.training_text import crop, read_corpus
 from experiments.truncated_scores import Scorer
 
 
@@ -46,6 +53,8 @@ def run(
     *,
     training: TrainingConfig = TrainingConfig(),
     checkpoints: str = "runs/checkpoints",
+    checkpoint: str | None = None,
+    window: int | None = None,
     text_file: str | None = None,
     page_tokens: int = 16,
     ratio: float = 0.5,
@@ -59,56 +68,97 @@ def run(
 
     Args:
         checkpoints: folder where the trained model is kept and found again.
+        checkpoint: folder of a Hugging Face model with its tokenizer.json, to be scored
+            in place of the trained one.
+        window: of that model; None: all that it has.
         text_file: any UTF-8 text to score beside the held-out documentation.
         num_texts: pieces of each text, of `windows_per_text` windows.
         num_questions: lines asked for, each after a conversation of its own.
     """
     corpus = read_corpus()
-    texts = {"held-out documentation": corpus.held_out}
+    encoding, model, params = (
+        (Bytes(), *trained(training, corpus, Path(checkpoints)))
+        if checkpoint is None
+        else _load(checkpoint, window)
+    )
+    held_out = encoding.encode(corpus.held_out.tobytes().decode())
+    texts = {"held-out documentation": held_out}
     if text_file is not None:
-        texts[Path(text_file).name] = _read(text_file)
-    model, params = trained(training, corpus, Path(checkpoints))
-    policies = _policies(ratio, model.window, page_tokens)
-    scorer = Scorer(model, params, page_tokens=page_tokens)
-    rng = np.random.default_rng(seed)
+        texts[Path(text_file).name] = encoding.encode(_read(text_file))
     size = windows_per_text * model.window
-    try:
-        perplexities, after = {}, {}
-        for name, text in texts.items():
-            pieces = [crop(rng, text, size + 1) for _ in range(num_texts)]
-            nats = {
-                policy: _nats(scorer, pieces, config, f"{policy}, {name}")
-                for policy, config in policies.items()
+    _check(texts, size + 1, model.vocab_size)
+    policies = _policies(ratio, model.window, page_tokens)
+    rng = np.random.default_rng(seed)
+    pieces = {
+        name: [crop(rng, text, size + 1) for _ in range(num_texts)]
+        for name, text in texts.items()
+    }
+    questions = [
+        make_question(rng, encoding, held_out, model.window, num_lines)
+        for _ in range(num_questions)
+    ]
+    with closing(Scorer(model, params, page_tokens=page_tokens)) as scorer:
+        nats = {
+            name: {
+                policy: _nats(scorer, some, policies[policy], f"{policy}, {name}")
+                for policy in policies
             }
-            perplexities[name] = {
-                policy: float(np.exp(values[:, model.window :].mean()))
-                for policy, values in nats.items()
-            }
-            after[name] = {policy: values.mean(0) for policy, values in nats.items()}
-        questions = [
-            _question(rng, corpus.held_out, model.window, num_lines)
-            for _ in range(num_questions)
-        ]
-        found = {
-            policy: _found(scorer, questions, config, policy)
-            for policy, config in policies.items()
+            for name, some in pieces.items()
         }
-    finally:
-        scorer.close()
-    retrieval = {policy: float(hits.mean()) for policy, hits in found.items()}
+        found = {
+            policy: _found(scorer, questions, policies[policy], policy)
+            for policy in policies
+        }
     summary = {
         "parameters": model.num_parameters,
         "window": model.window,
-        "bytes_scored": num_texts * (size - model.window),
-        "perplexity": perplexities,
-        "retrieval": retrieval,
+        "tokens_scored": num_texts * (size - model.window),
         "questions": num_questions,
-        "claims": _claims(perplexities, retrieval),
+        **_results(encoding, nats, found, model.window),
     }
-    _print(perplexities, retrieval)
-    figures = {"Nats a byte along a text": _plot(after, model.window)}
+    _print(summary)
+    title = f"Nats a {encoding.token} along a text"
+    figures = {title: _plot(nats["held-out documentation"], model.window)}
     write_report(run_directory, "Quality after truncation", summary, figures)
     return summary
+
+
+def _load(
+    checkpoint: str, window: int | None
+) -> tuple[Encoding, LlamaConfig, LlamaParams]:
+    encoding = Subwords(Path(checkpoint) / "tokenizer.json")
+    model, params = load_hugging_face(checkpoint)
+    if window is not None and window > model.window:
+        raise ValueError(f"{window=} is more than the {model.window} of the model")
+    return encoding, dataclasses.replace(model, window=window or model.window), params
+
+
+def _results(
+    encoding: Encoding,
+    nats: Mapping[str, Mapping[str, np.ndarray]],
+    found: Mapping[str, np.ndarray],
+    window: int,
+) -> dict:
+    """Perplexities behind the first window, and the share of lines found."""
+    losses = {
+        name: {policy: float(x[:, window:].mean()) for policy, x in of_text.items()}
+        for name, of_text in nats.items()
+    }
+    # A token of the paper's models is about 4 bytes.
+    units = {"byte": 1, "4 bytes": 4} if encoding.token == "byte" else {"token": 1}
+    perplexities = {
+        unit: {
+            name: {policy: float(np.exp(count * x)) for policy, x in of_text.items()}
+            for name, of_text in losses.items()
+        }
+        for unit, count in units.items()
+    }
+    retrieval = {policy: float(hits.mean()) for policy, hits in found.items()}
+    return {
+        "perplexity": perplexities,
+        "retrieval": retrieval,
+        "claims": _claims(perplexities[encoding.token], retrieval),
+    }
 
 
 def _policies(
@@ -122,11 +172,21 @@ def _policies(
     }
 
 
-def _read(path: str) -> np.ndarray:
+def _read(path: str) -> str:
     try:
-        return as_bytes(Path(path).read_text(encoding="utf-8"))
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"text_file={path!r} cannot be read: {error}") from error
+
+
+def _check(texts: Mapping[str, np.ndarray], num_tokens: int, vocab_size: int) -> None:
+    for name, text in texts.items():
+        if len(text) < num_tokens:
+            raise ValueError(f"{name} has {len(text)} tokens; {num_tokens} are needed")
+        if text.max() >= vocab_size:
+            raise ValueError(
+                f"{name} has token {text.max()}; the model knows {vocab_size} tokens"
+            )
 
 
 def _nats(
@@ -142,29 +202,16 @@ def _nats(
     return np.stack(found)
 
 
-def _question(
-    rng: np.random.Generator, text: np.ndarray, window: int, num_lines: int
-) -> np.ndarray:
-    """A conversation that ends with a line that it had before.
-
-    The window overflows between the lines and the question; the lines stay.
-    """
-    lines = make_lines(rng, num_lines)
-    before = crop(rng, text, window // 2 + int(rng.integers(1, 17)))
-    room = window - len(before) - lines.size
-    between = crop(rng, text, room + int(rng.integers(1, 33)))
-    asked = lines[rng.integers(num_lines)]
-    return np.concatenate([before, lines.ravel(), between, asked[: LINE_BYTES - 1]])
-
-
 def _found(
-    scorer: Scorer, questions: list[np.ndarray], policy: TruncationConfig, name: str
+    scorer: Scorer, questions: list[Question], policy: TruncationConfig, name: str
 ) -> np.ndarray:
     """Whether the model says the value that each question ends with."""
     hits = []
     for question in track(questions, description=f"{name}, lines", transient=True):
-        logits = scorer.logits(question[:-1], policy)
-        hits.append(bool(logits[-1].argmax() == question[-1]))
+        logits = scorer.logits(question.token_ids[:-1], policy)
+        answer = question.token_ids[-question.num_answer :]
+        said = logits[-question.num_answer :].argmax(-1)
+        hits.append(bool((said == answer).all()))
     return np.asarray(hits)
 
 
@@ -207,27 +254,27 @@ def _claims(
     ]
 
 
-def _print(
-    perplexities: Mapping[str, Mapping[str, float]], retrieval: Mapping[str, float]
-) -> None:
+def _print(summary: Mapping[str, Any]) -> None:
     table = Table(title="After truncation", title_justify="left")
     table.add_column("")
-    for policy in retrieval:
+    for policy in summary["retrieval"]:
         table.add_column(policy, justify="right")
-    for name, found in perplexities.items():
-        table.add_row(
-            f"perplexity a byte, {name}", *[f"{value:.3f}" for value in found.values()]
-        )
-    table.add_row("lines found", *[f"{100 * v:.1f} %" for v in retrieval.values()])
+    for unit, texts in summary["perplexity"].items():
+        for name, found in texts.items():
+            row = [f"{value:,.3f}" for value in found.values()]
+            table.add_row(f"perplexity, {unit}: {name}", *row)
+    rates = [f"{100 * rate:.1f} %" for rate in summary["retrieval"].values()]
+    table.add_row("lines found", *rates)
     Console().print(table)
 
 
-def _plot(after: Mapping[str, Mapping[str, np.ndarray]], window: int) -> Figure:
+def _plot(nats: Mapping[str, np.ndarray], window: int) -> Figure:
     """A jump at every truncation is what it costs."""
     figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
-    for policy, nats in next(iter(after.values())).items():
-        smooth = nats[: len(nats) // 32 * 32].reshape(-1, 32).mean(1)
+    for policy, of_texts in nats.items():
+        along = of_texts.mean(0)
+        smooth = along[: len(along) // 32 * 32].reshape(-1, 32).mean(1)
         axes.plot(32 * np.arange(len(smooth)) / window, smooth, label=policy)
-    axes.set(xlabel="text, windows", ylabel="nats a byte", ylim=(0, None))
+    axes.set(xlabel="text, windows", ylabel="nats", ylim=(0, None))
     axes.legend()
     return figure
