@@ -14,6 +14,7 @@ import numpy as np
 from cachedattn_jax.store.device_pool import DevicePool, split_runs
 from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.evictor import Evictor
+from cachedattn_jax.store.exits import Exits
 from cachedattn_jax.store.inbound import Inbound, Load
 from cachedattn_jax.store.lease import Lease
 from cachedattn_jax.store.link import Copy, Links
@@ -43,6 +44,7 @@ class Leases:
         pool: DevicePool,
         disk: DiskTier | None,
         evictor: Evictor,
+        exits: Exits,
         saver: Saver,
         links: Links,
         watcher: Watcher,
@@ -53,6 +55,7 @@ class Leases:
         self._pool = pool
         self._disk = disk
         self._evictor = evictor
+        self._exits = exits
         self._saver = saver
         self._links = links
         self._watcher = watcher
@@ -178,7 +181,7 @@ class Leases:
             self._counters[f"miss_{reason}"] += len(entries)
             for entry in entries:
                 if reason == "copy_failed":
-                    self._evictor.leave_host(entry)
+                    self._exits.leave_host(entry)
                 self._evictor.give_up_object(entry, reason)
         return True
 
@@ -239,7 +242,7 @@ class Leases:
                 slots[index] = next(new_slots)
             else:
                 entry.holds -= 1
-                self._evictor.leave_device(entry)
+                self._exits.leave_device(entry)
         self._index.placement.closed(owner)
         return True
 
@@ -263,7 +266,7 @@ class Leases:
         self.release(lease)
         for entry in filter(None, entries):
             if entry.slot is not None and not entry.holds:
-                self._pool.give_back(self._evictor.leave_device(entry))
+                self._pool.give_back(self._exits.leave_device(entry))
 
     def _note(self, copies: Sequence[Copy], direction: str) -> None:
         for copy in copies:
@@ -321,7 +324,7 @@ class Leases:
         slot, entry = int(lease.slots[index]), lease.entries[index]
         if entry is not None and entry.key != key:  # a tail that has grown
             if entry.slot is not None:
-                self._evictor.leave_device(entry)
+                self._exits.leave_device(entry)
             entry.holds -= 1
             lease.entries[index] = entry = None
         if entry is None:

@@ -15,6 +15,7 @@ import jax
 from cachedattn_jax.store.budget import SAVED_TOGETHER
 from cachedattn_jax.store.device_pool import DevicePool, split_runs
 from cachedattn_jax.store.evictor import Evictor
+from cachedattn_jax.store.exits import Exits
 from cachedattn_jax.store.host_tier import HostTier, Slab
 from cachedattn_jax.store.link import Copy, Links
 from cachedattn_jax.store.page_index import PageEntry, PageIndex
@@ -57,6 +58,7 @@ class Saver:
         pool: DevicePool,
         host: HostTier,
         evictor: Evictor,
+        exits: Exits,
         links: Links,
         watchers: "dict[str, Watcher]",
         timeline: Timeline,
@@ -69,6 +71,7 @@ class Saver:
         self._pool = pool
         self._host = host
         self._evictor = evictor
+        self._exits = exits
         self._links = links
         self._watchers = watchers
         self._timeline = timeline
@@ -264,7 +267,7 @@ class Saver:
             flight.slab.is_broken = True
             for entry in list(self._index.in_tier(Tier.HOST)):
                 if entry.slab is flight.slab:
-                    self._evictor.leave_host(entry)
+                    self._exits.leave_host(entry)
             return
         start_s, end_s = flight.copy.span
         self._counters["us_device_to_host"] += int(1e6 * (end_s - start_s))

@@ -24,6 +24,7 @@ from cachedattn_jax.store.catalog import (
 from cachedattn_jax.store.device_pool import DevicePool
 from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.evictor import Evictor
+from cachedattn_jax.store.exits import Exits
 from cachedattn_jax.store.faults import Faults
 from cachedattn_jax.store.fetcher import Fetcher
 from cachedattn_jax.store.host_tier import HostTier
@@ -89,11 +90,13 @@ class TieredStore:
             self.root, self.disk, self.index, layout, self.salts
         )
         self.counters: Counter[str] = Counter()
+        self._exits = Exits(self.index, self.pool, self.host, self.disk, self.counters)
         self._evictor = Evictor(
             self.index,
             self.pool,
             self.host,
             self.disk,
+            self._exits,
             self.timeline,
             self.counters,
             config.io.num_backlog_bytes,
@@ -103,6 +106,7 @@ class TieredStore:
             self.pool,
             self.host,
             self._evictor,
+            self._exits,
             self.links,
             self.watchers,
             self.timeline,
@@ -114,6 +118,7 @@ class TieredStore:
             self.pool,
             self.disk,
             self._evictor,
+            self._exits,
             self.saver,
             self.links,
             self.watchers["host-to-device"],
@@ -153,7 +158,7 @@ class TieredStore:
             self.salts,
             self.catalog.sessions(),
             self.index,
-            self._evictor,
+            self._exits,
             self.counters,
         )
 
