@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -37,6 +37,7 @@ def tenant_of(session: str) -> str:
     return session.partition("/")[0]
 
 
+@runtime_checkable
 class Arrival(Protocol):
     """A read that brings a run of pages from disk to host memory."""
 
