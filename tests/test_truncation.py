@@ -169,6 +169,63 @@ def test_sessions_that_share_a_beginning_truncate_without_touching_each_other():
     assert_nothing_leaked(engine)
 
 
+def share_a_beginning(engine, requests) -> list:
+    """Turns of sessions that begin with the same 10 pages, submitted together.
+
+    Args:
+        requests: by session, tokens of the prompt behind those pages and of the reply.
+    """
+    rng = np.random.default_rng(0)
+    system = random_tokens(rng, 40)
+    ask(engine, "warm", [*system, 1], max_tokens=1)
+    return engine.run(
+        Request(
+            session_id=name,
+            token_ids=[*system, *random_tokens(rng, size)],
+            max_tokens=num_reply,
+        )
+        for name, (size, num_reply) in requests.items()
+    )
+
+
+@pytest.mark.parametrize("num_free", [0, 8])
+def test_a_reply_waits_for_slots_that_a_truncation_needs(num_free):
+    """Dropping shared pages frees nothing: others are needed, which a turn holds."""
+    engine = make_engine(max_batch=2, page_tokens=4, device_pages=38 + num_free)
+    turns = share_a_beginning(engine, {"a": (30, 90), "b": (1, 50)})
+    assert engine.store.counters["truncations_paused"] == 1
+    assert engine.store.counters["truncations_without_room"] == 0
+    assert [turn.finish_reason for turn in turns] == ["length", "length"]
+    assert turns[0].times.finished_s > turns[1].times.finished_s
+    for turn in turns:
+        assert_equals_dense(engine, turn.request.session_id, [turn])
+    assert_nothing_leaked(engine)
+
+
+def test_of_replies_that_wait_for_slots_of_each_other_one_ends_at_the_window():
+    engine = make_engine(max_batch=2, page_tokens=4, device_pages=38)
+    turns = share_a_beginning(engine, {"a": (30, 90), "b": (20, 90)})
+    assert engine.store.counters["truncations_without_room"] == 1
+    assert [turn.finish_reason for turn in turns] == ["window", "length"]
+    assert len(turns[0].reply) == WINDOW - 70 + 1
+    for turn in turns:
+        assert_equals_dense(engine, turn.request.session_id, [turn])
+    later = ask(engine, "a", [5], max_tokens=30)
+    assert later.tokens_from.recomputed == 0
+    assert_equals_dense(engine, "a", [turns[0], later])
+    assert_nothing_leaked(engine)
+
+
+def test_a_prompt_waits_for_slots_that_its_truncations_need():
+    engine = make_engine(max_batch=2, page_tokens=4, device_pages=38)
+    turns = share_a_beginning(engine, {"a": (10, 40), "b": (200, 20)})
+    for turn in turns:
+        assert turn.error is None and turn.finish_reason == "length"
+        assert_equals_dense(engine, turn.request.session_id, [turn])
+    assert turns[1].times.started_s >= turns[0].times.finished_s
+    assert_nothing_leaked(engine)
+
+
 def test_two_thousand_tokens_past_the_window_take_no_memory_and_no_recomputation():
     engine = make_engine(page_tokens=4, max_batch=2, host_pages=60)
     prompt = random_tokens(np.random.default_rng(0), 20)

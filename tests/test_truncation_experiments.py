@@ -65,8 +65,8 @@ def test_lines_are_asked_for_with_what_was_there_before():
         sample, is_answer = retrieval_sample(rng, text, 300)
         assert len(sample) == len(is_answer) == 300
         for place in np.flatnonzero(is_answer):
-                before = sample[: place - 1].tobytes()
-                assert sample[place - 1 : place + 1].tobytes() in before
+            before = sample[: place - 1].tobytes()
+            assert sample[place - 1 : place + 1].tobytes() in before
     names = make_lines(rng, 26)[:, 0].tolist()
     assert len(set(names)) == 26
 

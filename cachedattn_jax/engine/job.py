@@ -37,6 +37,7 @@ class Job:
         num_published: place in the conversation of the first token whose page cannot
             be found by other turns.
         is_overflowed: whether it waits for a prefill of what a truncation left.
+        is_paused: whether it waits for slots that a truncation needs.
         num_passed: turns that started before it because its pages were on their way.
         seat: where its last token is on the device, once it runs.
         started_s: when it got it, seconds of the monotonic clock.
@@ -55,6 +56,7 @@ class Job:
     max_tokens: int = 0
     num_published: int = 0
     is_overflowed: bool = False
+    is_paused: bool = False
     num_passed: int = 0
     seat: int | None = None
     started_s: float = 0.0

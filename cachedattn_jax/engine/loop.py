@@ -99,6 +99,8 @@ class Loop:
         turn, running = self._scheduler.next(), self._running
         if turn is None or turn is running.blocked or running.prefilling is not None:
             return
+        if running.paused:
+            return  # what gets free is for a turn that runs
         patience_s = 0.0
         if turn.times.started_s is None:
             # The turn starts on an idle device, or its prefill would be timed with a
@@ -111,9 +113,9 @@ class Loop:
             job = self._staging.next(patience_s)
             if job is None and not self._running.decoding:
                 job = self._staging.wait(turn, None)
-        if job is not None:
+        if job is not None and self._has_room(job):
             self._start(job)
-        elif self._staging.is_blocked(turn) and not turn.is_finished:
+        elif job is not None or self._staging.is_blocked(turn) and not turn.is_finished:
             turn.times.started_s = None
             self._running.blocked = turn
 
@@ -136,9 +138,7 @@ class Loop:
 
     def _decode_batch(self) -> None:
         """Dispatches one step for every turn that still needs tokens."""
-        for job in filter(self._overflow.is_full, self._running.ready):
-            with self._ending.guard([job]):
-                self._overflow.make_room(job, lambda: self._collect(leave=0))
+        self._make_room()
         jobs = self._running.ready
         if not jobs:
             return
@@ -188,6 +188,26 @@ class Loop:
                         self._record(job, token, margin, now)
 
     # ---- parts of them ----
+
+    def _make_room(self) -> None:
+        """Truncates what has filled its window, or pauses it until slots are free."""
+        for job in filter(self._overflow.is_full, self._running.advancing):
+            with self._ending.guard([job]):
+                self._overflow.make_room(job, lambda: self._collect(leave=0))
+                if job.is_paused and self._staging.give_way():
+                    self._overflow.make_room(job, lambda: self._collect(leave=0))
+        paused = self._running.paused
+        if paused and len(paused) == len(self._running.jobs):
+            # They wait for each other: one has to end.
+            with self._ending.guard(paused[:1]):
+                self._collect(leave=0)
+                self._store.counters["truncations_without_room"] += 1
+                self._ending.finish(paused[0], "window")
+
+    def _has_room(self, job: Job) -> bool:
+        if self._overflow.has_room(job):
+            return True
+        return self._staging.give_way(job.turn) and self._overflow.has_room(job)
 
     def _start(self, job: Job) -> None:
         turn = job.turn

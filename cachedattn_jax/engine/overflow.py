@@ -45,11 +45,16 @@ class Overflow:
         step, at = self._store.layout.page_tokens, job.num_tokens - 1
         return truncate_full(self._config, self._window, step, job.context, at)
 
+    def has_room(self, job: Job) -> bool:
+        """Whether a prefill that truncates on its way finds the slots it may need."""
+        return not job.plan.truncates_meanwhile or self._store.leases.can_own(job.lease)
+
     def make_room(self, job: Job, settle: Callable[[], None]) -> None:
         """Drops what a running turn has no place for in the window any more.
 
         It goes on at once: no token is awaited. Where what is left has to be computed
-        anew, it is only noted that it overflowed.
+        anew, it is only noted that it overflowed; where running turns hold slots that
+        are needed in place of shared ones, that it is paused.
 
         Args:
             settle: waits for all tokens under way, for a policy that needs them.
@@ -62,11 +67,12 @@ class Overflow:
         if job.turn.is_finished:
             return
         truncation = self.next(job)
+        was_paused, job.is_paused = job.is_paused, False
         try:
             rewrite = self._apply(job, truncation, job.context)
         except NoSlots:
-            self._store.counters["truncations_without_room"] += 1
-            job.max_tokens = job.num_dispatched
+            self._store.counters["truncations_paused"] += not was_paused
+            job.is_paused = True
             return
         job.truncate(truncation)
         self._store.counters["truncations"] += 1

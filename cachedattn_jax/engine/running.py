@@ -34,12 +34,22 @@ class Running:
     @property
     def needs_tokens(self) -> bool:
         """Whether another decode step will follow."""
-        return any(job.needs_tokens for job in self.decoding)
+        return any(job.needs_tokens and not job.is_paused for job in self.decoding)
 
     @property
     def ready(self) -> list[Job]:
         """Jobs whose next token can be computed."""
+        return [job for job in self.advancing if not job.is_paused]
+
+    @property
+    def advancing(self) -> list[Job]:
+        """Those, and jobs that can go on as soon as slots are free."""
         return [j for j in self.decoding if j.needs_tokens and not j.is_overflowed]
+
+    @property
+    def paused(self) -> list[Job]:
+        """Jobs that wait for slots that a truncation needs."""
+        return [job for job in self.decoding if job.is_paused]
 
     @property
     def overflowed(self) -> Job | None:

@@ -162,6 +162,13 @@ class Staging:
         if self._config.truncation.loses_pages:
             self._store.sessions.lose(job.turn.session)
 
+    def give_way(self, to: Turn | None = None) -> bool:
+        """Gives back the slots of all turns but one; whether any had some."""
+        others = [turn for turn in self.jobs if turn is not to]
+        for turn in others:
+            self.drop(turn)
+        return bool(others)
+
     def drop(self, turn: Turn) -> None:
         """Gives back what a turn that will not start holds; it may be leased again."""
         job = self.jobs.pop(turn, None)
@@ -209,10 +216,8 @@ class Staging:
 
     def _lease_first(self, turn: Turn) -> Job | None:
         """Leases the first in the queue with the slots of those staged behind it."""
-        staged = list(self.jobs)
-        for behind in staged:
-            self.drop(behind)
-        return self._lease(turn, self._prospects.of(turn)) if staged else None
+        has_given_way = self.give_way()
+        return self._lease(turn, self._prospects.of(turn)) if has_given_way else None
 
     def _fill(self, job: Job, prospect: Prospect, lease) -> None:
         job.plan, job.decision, job.lease = prospect.plan, prospect.decision, lease

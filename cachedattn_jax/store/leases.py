@@ -158,6 +158,15 @@ class Leases:
         lease.entries = entries[:start] + entries[stop:] + entries[start:stop]
         return True
 
+    def can_own(self, lease: Lease) -> bool:
+        """Whether there are slots in place of all that a lease shares."""
+        held = zip(lease.entries, lease.slots.tolist(), strict=True)
+        num_shared = sum(
+            entry is not None and entry.slot == slot and entry.holds > 1
+            for entry, slot in held
+        )
+        return self._free_slots(num_shared)
+
     def own(self, lease: Lease, pages: range) -> bool:
         """Makes slots of a lease the turn's alone: what they hold is found no more.
 
