@@ -41,10 +41,10 @@ class TrainingConfig:
     num_heads: int = 4
     window: int = 256
     batch_size: int = 4
-    num_steps: int = 2200
+    num_steps: int = 2600
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
-    lines_share: float = 0.25
+    lines_share: float = 0.125
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -134,15 +134,14 @@ def make_batch(
         int32 and twice bool [batch, window + 1]. Names are neither: nobody knows them.
     """
     size = config.window + 1
-    num_text = round(config.batch_size * (1 - config.lines_share))
     tokens = np.zeros((config.batch_size, size), np.int32)
     is_text = np.zeros((config.batch_size, size), bool)
     is_answer = np.zeros((config.batch_size, size), bool)
     for row in range(config.batch_size):
-        if row < num_text:
-            tokens[row], is_text[row] = crop(rng, text, size), True
-        else:
+        if rng.random() < config.lines_share:
             tokens[row], is_answer[row] = retrieval_sample(rng, text, size)
+        else:
+            tokens[row], is_text[row] = crop(rng, text, size), True
     return tokens, is_text, is_answer
 
 

@@ -18,8 +18,9 @@ of the long reply takes more than 3 times the median.
 """
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -47,8 +48,6 @@ _POLICIES = {
     "TT": "truncate_tokens_recompute",
     "OF": "invalidate",
 }
-# A step is measured so often and the least counts: the machine has other things to do.
-_REPEATS = 3
 
 
 def run(
@@ -61,32 +60,43 @@ def run(
     time_factor: float = 0.0,
     engine: EngineConfig = EngineConfig(),
     store: StoreConfig = StoreConfig(),
+    rounds: int = 3,
     long_reply: int = 2000,
+    long_replies: int = 7,
     seed: int = 0,
 ) -> dict[str, object]:
     """Plays the workload under every policy, then one long reply.
 
     Args:
         window: of the model; the mode "no overflow" takes a longer one.
+        rounds: of all policies, one after the other. Of the times of a turn the least
+            counts: the machine has other things to do.
         long_reply: tokens past the window.
+        long_replies: how often it is computed; of the times of a step the least counts.
     """
     longest = max(c.num_tokens for c in workload.conversations) * length_scale
     played = workload.scaled(length_scale, int(4 * longest))
     windows = dict.fromkeys(_POLICIES, window)
     windows["no overflow"] = int(2 ** np.ceil(np.log2(longest + len(_POLICIES))))
     params = init_params(preset(model), seed)
-    modes = {}
-    for mode, policy in _POLICIES.items():
+    replays: dict[str, list[Replayed]] = {mode: [] for mode in _POLICIES}
+    for number, (mode, policy) in itertools.product(range(rounds), _POLICIES.items()):
         truncation = dataclasses.replace(engine.truncation, policy=policy)
         settings = dataclasses.replace(engine, truncation=truncation)
         config = preset(model, window=windows[mode])
         with Engine(config, params, settings, store, weights="random") as served:
-            replayed = _play(served, played, mode, seed, time_factor)
-        rows = [turn.row() for turn in replayed.turns.values()]
-        run_directory.append_turns([{"mode": mode, **row} for row in rows])
-        modes[mode] = _mode_summary(replayed)
+            name = f"{mode}, {number + 1} of {rounds}"
+            replays[mode].append(_play(served, played, name, seed, time_factor))
+        rows = [turn.row() for turn in replays[mode][-1].turns.values()]
+        run_directory.append_turns(
+            [{"mode": mode, "round": number, **row} for row in rows]
+        )
+    modes = {mode: _mode_summary(found) for mode, found in replays.items()}
     config = preset(model, window=window)
-    steps = _step_times(config, params, engine, store, window + long_reply, seed)
+    num_tokens = window + long_reply
+    steps, truncates = _step_times(
+        config, params, engine, store, num_tokens, long_replies, seed
+    )
     sizes = [c.num_tokens for c in played.conversations]
     summary = {
         "workload": played.describe(),
@@ -98,6 +108,8 @@ def run(
             "tokens": len(steps),
             "median_s": float(np.median(steps)),
             "max_s": float(steps.max()),
+            "max_truncating_s": float(steps[truncates].max()),
+            "max_others_s": float(steps[~truncates].max()),
         },
     }
     summary["claims"] = _claims(summary, steps)
@@ -130,12 +142,15 @@ def _play(
         )
 
 
-def _mode_summary(replayed: Replayed) -> dict:
+def _mode_summary(rounds: Sequence[Replayed]) -> dict:
     """`hit_rate` is the share of the history, as far as it was in the context, that
     came from a tier; what a truncation made to compute again is part of it.
     """
-    turns = list(replayed.turns.values())
-    later = [turn for (_, place), turn in replayed.turns.items() if place]
+    turns = list(rounds[0].turns.values())
+    later = [name for name in rounds[0].turns if name[1]]
+    times = np.asarray(
+        [[found.turns[name].prefill_s for name in later] for found in rounds], float
+    )
     cached = sum(turn.tokens_from.cached for turn in turns)
     recomputed = sum(turn.tokens_from.recomputed for turn in turns)
     midway = sum(turn.num_recomputed_midway for turn in turns)
@@ -149,8 +164,8 @@ def _mode_summary(replayed: Replayed) -> dict:
         + sum(turn.tokens_from.new for turn in turns),
         "truncations": sum(turn.num_truncations for turn in turns),
         "inexact_turns": sum(not turn.is_exact for turn in turns),
-        "prefill_s_later_turns": spread(turn.prefill_s for turn in later),
-        "wall_s": replayed.wall_s,
+        "prefill_s_later_turns": spread(times.min(0)),
+        "wall_s": min(found.wall_s for found in rounds),
     }
 
 
@@ -160,27 +175,32 @@ def _step_times(
     engine: EngineConfig,
     store: StoreConfig,
     num_tokens: int,
+    num_replies: int,
     seed: int,
-) -> np.ndarray:
-    """Seconds of every step of one reply, the least of several replies."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of every step of one reply, the least of several replies, and whether it
+    was one that truncates.
+    """
     truncation = TruncationConfig(ratio=engine.truncation.ratio)
     settings = dataclasses.replace(engine, truncation=truncation)
-    found = []
+    found, truncates = [], []
     with Engine(config, params, settings, store, weights="random") as served:
         served.warm_up()
         prompt = noise(np.random.default_rng(seed), 16, config.vocab_size)
-        for number in range(_REPEATS):
+        for number in range(num_replies):
             session = served.session(f"long-{number}")
             turn = session.submit(prompt, max_tokens=num_tokens)
-            times = []
+            times, truncates = [], []
             while not turn.is_finished:
-                started_s, before = time.perf_counter(), len(turn.reply)
+                before = len(turn.reply), turn.num_truncations
+                started_s = time.perf_counter()
                 served.step()
-                if len(turn.reply) > before:
+                if len(turn.reply) > before[0]:
                     times.append(time.perf_counter() - started_s)
+                    truncates.append(turn.num_truncations > before[1])
             found.append(times[1 : num_tokens - 2])  # not the prefill
             session.forget()
-    return np.min(found, axis=0)
+    return np.min(found, axis=0), np.asarray(truncates[1 : num_tokens - 2])
 
 
 def _claims(summary: Mapping, steps: np.ndarray) -> list[Claim]:

@@ -216,6 +216,17 @@ def test_of_replies_that_wait_for_slots_of_each_other_one_ends_at_the_window():
     assert_nothing_leaked(engine)
 
 
+@pytest.mark.parametrize("sizes", [(30, 20), (200, 180), (200, 10)])
+def test_a_pool_of_one_window_a_turn_has_the_slots_for_every_truncation(sizes):
+    engine = make_engine(max_batch=2, page_tokens=4, device_pages=48)
+    requests = dict(zip("ab", [(size, 150) for size in sizes], strict=True))
+    for turn in share_a_beginning(engine, requests):
+        assert turn.finish_reason == "length"
+        assert_equals_dense(engine, turn.request.session_id, [turn])
+    assert engine.store.counters["truncations_paused"] == 0
+    assert_nothing_leaked(engine)
+
+
 def test_a_prompt_waits_for_slots_that_its_truncations_need():
     engine = make_engine(max_batch=2, page_tokens=4, device_pages=38)
     turns = share_a_beginning(engine, {"a": (10, 40), "b": (200, 20)})

@@ -226,7 +226,9 @@ def test_the_cost_of_every_policy_is_counted(tmp_path):
         window=96,
         engine=EngineConfig(page_tokens=16, max_batch=2, chunk_tokens=(32,)),
         store=StoreConfig(device_bytes="4 MiB", host_bytes="8 MiB"),
+        rounds=2,
         long_reply=40,
+        long_replies=2,
     )
     modes = summary["modes"]
     assert modes["no overflow"]["truncations"] == 0

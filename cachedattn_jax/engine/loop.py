@@ -261,6 +261,7 @@ class Loop:
     def _sample_first(self, job: Job) -> None:
         """The prefill is dispatched: its pages can be found, its first token comes."""
         assert job.prefill is not None and job.seat is not None
+        self._store.leases.forget_dropped(job.lease)
         self._decode.last_tokens, sampled = self._prefill.first_token(
             job.prefill,
             self._decode.last_tokens,

@@ -74,6 +74,7 @@ class Overflow:
             self._store.counters["truncations_paused"] += not was_paused
             job.is_paused = True
             return
+        self._store.leases.forget_dropped(job.lease)
         job.truncate(truncation)
         self._store.counters["truncations"] += 1
         if rewrite is not None:

@@ -204,12 +204,17 @@ class Leases:
                 entry.holds -= 1
             if entry is None or entry.slot != slot:
                 self._pool.give_back(slot)
-        for entry in lease.dropped:
-            entry.holds -= 1
+        self.forget_dropped(lease)
         self._note(lease.inbound.reads, "disk_to_host")
         self._note(lease.inbound.puts, "host_to_device")
-        lease.entries, lease.dropped = [], []
+        lease.entries = []
         lease.slots = lease.slots[:0]
+
+    def forget_dropped(self, lease: Lease) -> None:
+        """Ends the hold on dropped pages, once all that reads them was dispatched."""
+        for entry in lease.dropped:
+            entry.holds -= 1
+        lease.dropped = []
 
     def abandon(self, lease: Lease) -> None:
         """Releases a lease whose pages are of no use; they lose their slots."""
