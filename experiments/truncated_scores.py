@@ -48,13 +48,14 @@ class Scorer:
             page_tokens=page_tokens,
             num_pages=self._num_pages,
         )
+        sizes = {page_tokens, min(4 * page_tokens, config.window), config.window}
         self._watcher = Watcher("scores")
         self._prefill = Prefill(
             config,
             params,
             jax.device_put(rope, self._pool.device_sharding),
             self._pool,
-            chunk_tokens=(16, 64, config.window),
+            chunk_tokens=tuple(sorted(sizes)),
             puts_first=True,
             watcher=self._watcher,
         )

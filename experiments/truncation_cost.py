@@ -186,8 +186,10 @@ def _step_times(
     found, truncates = [], []
     with Engine(config, params, settings, store, weights="random") as served:
         served.warm_up()
-        prompt = noise(np.random.default_rng(seed), 16, config.vocab_size)
         for number in range(num_replies):
+            # Other tokens each time: pages that were seen before are not saved again.
+            rng = np.random.default_rng([seed, number])
+            prompt = noise(rng, 16, config.vocab_size)
             session = served.session(f"long-{number}")
             turn = session.submit(prompt, max_tokens=num_tokens)
             times, truncates = [], []

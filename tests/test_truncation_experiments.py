@@ -155,7 +155,8 @@ def test_the_model_is_trained_once_and_every_policy_is_scored(tmp_path):
 def test_a_hugging_face_checkpoint_is_scored_with_its_tokenizer(tmp_path):
     checkpoint = tmp_path / "model"
     shutil.copytree(GOLDEN / "llama3", checkpoint)
-    options = small_options(tmp_path) | {"checkpoint": str(checkpoint)}
+    options: dict[str, Any] = small_options(tmp_path)
+    options["checkpoint"] = str(checkpoint)
     run_directory = RunDirectory(tmp_path / "run")
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
         truncation_quality.run(run_directory, **options)
