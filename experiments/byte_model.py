@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from cachedattn_jax.model.checkpoint import load_checkpoint, save_checkpoint
 from cachedattn_jax.model.config import LlamaConfig
@@ -102,8 +102,8 @@ def _train(config: TrainingConfig, corpus: Corpus, console: Console) -> LlamaPar
     step = _step_of(config.model, optimiser)
     rng = np.random.default_rng(config.seed)
     columns = [
-        *Progress.get_default_columns()[:-1],
-        TimeRemainingColumn(),
+        *Progress.get_default_columns(),
+        TimeElapsedColumn(),
         TextColumn("{task.fields[learnt]}"),
     ]
     # optax mixes counters and floats.

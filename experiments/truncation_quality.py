@@ -118,7 +118,7 @@ def run(
     }
     _print(summary)
     title = f"Nats a {encoding.token} along a text"
-    figures = {title: _plot(nats["held-out documentation"], model.window)}
+    figures = {title: _plot(summary["nats_along"]["held-out documentation"], model)}
     write_report(run_directory, "Quality after truncation", summary, figures)
     return summary
 
@@ -157,6 +157,10 @@ def _results(
     return {
         "perplexity": perplexities,
         "retrieval": retrieval,
+        "nats_along": {
+            name: {policy: _smooth(x) for policy, x in of_text.items()}
+            for name, of_text in nats.items()
+        },
         "claims": _claims(perplexities[encoding.token], retrieval),
     }
 
@@ -268,13 +272,17 @@ def _print(summary: Mapping[str, Any]) -> None:
     Console().print(table)
 
 
-def _plot(nats: Mapping[str, np.ndarray], window: int) -> Figure:
+def _smooth(nats: np.ndarray) -> list[float]:
+    """Means of 32 tokens along all texts."""
+    along = nats.mean(0)
+    return along[: len(along) // 32 * 32].reshape(-1, 32).mean(1).tolist()
+
+
+def _plot(nats: Mapping[str, list[float]], model: LlamaConfig) -> Figure:
     """A jump at every truncation is what it costs."""
     figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
-    for policy, of_texts in nats.items():
-        along = of_texts.mean(0)
-        smooth = along[: len(along) // 32 * 32].reshape(-1, 32).mean(1)
-        axes.plot(32 * np.arange(len(smooth)) / window, smooth, label=policy)
+    for policy, along in nats.items():
+        axes.plot(32 * np.arange(len(along)) / model.window, along, label=policy)
     axes.set(xlabel="text, windows", ylabel="nats", ylim=(0, None))
     axes.legend()
     return figure
