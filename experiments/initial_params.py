@@ -4,9 +4,10 @@ Knows weights. Does not know data or training. A model that continues "Qx ... Q"
 "x" needs a head that looks one byte back, and in the next layer one that finds where
 the byte before was the one that stands here (Olsson et al., In-context learning and
 induction heads, 2022). Here each of two layers begins with such a head, and what one
-writes for the other has numbers of the hidden state to itself. Left to themselves they
-had not formed after 0.36 million bytes of nothing but lines, and one in 5 lines was
-found; from here 98 % were after 0.05 million.
+writes for the other has numbers of the hidden state to itself. After 0.3 million bytes
+of training, an eighth of them lines, the model of `configs/truncation_quality.gin` found
+53 % of 16 lines from here, and 2 % where the heads were left to form by themselves; the
+held-out text took 2.12 and 2.38 nats a byte.
 """
 
 import dataclasses

@@ -13,6 +13,7 @@ that a question is told from text:
 """
 
 import ast
+import functools
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Corpus:
     held_out: np.ndarray
 
 
+@functools.cache
 def read_corpus() -> Corpus:
     """The documentation topics, and the docstrings, of the standard library."""
     documents = [*topics.topics.values(), *_docstrings()]

@@ -265,7 +265,7 @@ def _print(summary: Mapping[str, Any]) -> None:
         table.add_column(policy, justify="right")
     for unit, texts in summary["perplexity"].items():
         for name, found in texts.items():
-            row = [f"{value:,.3f}" for value in found.values()]
+            row = [f"{value:,.4g}" for value in found.values()]
             table.add_row(f"perplexity, {unit}: {name}", *row)
     rates = [f"{100 * rate:.1f} %" for rate in summary["retrieval"].values()]
     table.add_row("lines found", *rates)
