@@ -4,9 +4,9 @@ Knows weights. Does not know data or training. A model that continues "Qx ... Q"
 "x" needs a head that looks one byte back, and in the next layer one that finds where
 the byte before was the one that stands here (Olsson et al., In-context learning and
 induction heads, 2022). Here each of two layers begins with such a head, and what one
-writes for the other has numbers of the hidden state to itself. After 0.3 million bytes
-of training, an eighth of them lines, the model of `configs/truncation_quality.gin` found
-53 % of 16 lines from here, and 2 % where the heads were left to form by themselves; the
+writes for the other has numbers of the hidden state to itself. The model of
+`configs/truncation_quality.gin`, after 0.3 million bytes of which an eighth were lines,
+found 53 % of 16 lines from here, and 2 % where heads were left to form by themselves;
 held-out text took 2.12 and 2.38 nats a byte.
 """
 

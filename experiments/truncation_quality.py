@@ -9,8 +9,9 @@ each time the window is full, the first half of it is dropped and
     NKVT       the cache of the rest is kept, its keys at their old positions
     sinks      page after page is dropped, except the first: a sliding window with sinks
 
-Section 4.7 of the paper: perplexity 5.47 / 5.48 / 2199 of the first three, and 66.0 /
-65.9 / 12.0 % of LongEval, which asks for a line that survived.
+and, to compare with, when nothing is known but the frequencies of tokens. Section 4.7
+of the paper: perplexity 5.47 / 5.48 / 2199 of the first three, and 66.0 / 65.9 / 12.0 %
+of LongEval, which asks for a line that survived.
 
     cachedattn run configs/truncation_quality.gin      2 CPU cores, about 20 minutes
 
@@ -27,7 +28,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from cachedattn_jax.engine.truncation import TruncationConfig
@@ -36,11 +36,11 @@ from cachedattn_jax.model.config import LlamaConfig
 from cachedattn_jax.model.llama import LlamaParams
 from cachedattn_jax.run_directory import Claim, RunDirectory
 from experiments.byte_model import TrainingConfig, trained
+from experiments.quality_scores import lines_found, nats_of, nats_of_frequencies
 from experiments.report import write_report
 from experiments.token_texts import (
     Bytes,
     Encoding,
-    Question,
     Subwords,
     make_question,
 )
@@ -100,15 +100,18 @@ def run(
     with closing(Scorer(model, params, page_tokens=page_tokens)) as scorer:
         nats = {
             name: {
-                policy: _nats(scorer, some, policies[policy], f"{policy}, {name}")
+                policy: nats_of(scorer, some, policies[policy], f"{policy}, {name}")
                 for policy in policies
             }
             for name, some in pieces.items()
         }
         found = {
-            policy: _found(scorer, questions, policies[policy], policy)
+            policy: lines_found(scorer, questions, policies[policy], policy)
             for policy in policies
         }
+    known = encoding.encode(corpus.training.tobytes().decode())
+    for name, some in pieces.items():
+        nats[name]["frequencies"] = nats_of_frequencies(known, some, model.vocab_size)
     summary = {
         "parameters": model.num_parameters,
         "window": model.window,
@@ -193,32 +196,6 @@ def _check(texts: Mapping[str, np.ndarray], num_tokens: int, vocab_size: int) ->
             )
 
 
-def _nats(
-    scorer: Scorer, texts: list[np.ndarray], policy: TruncationConfig, name: str
-) -> np.ndarray:
-    """float64 [texts, bytes], of every byte given those in its context."""
-    found = []
-    for text in track(texts, description=name, transient=True):
-        logits = scorer.logits(text[:-1], policy).astype(np.float64)
-        logits -= logits.max(-1, keepdims=True)
-        totals = np.log(np.exp(logits).sum(-1))
-        found.append(totals - logits[np.arange(len(logits)), text[1:]])
-    return np.stack(found)
-
-
-def _found(
-    scorer: Scorer, questions: list[Question], policy: TruncationConfig, name: str
-) -> np.ndarray:
-    """Whether the model says the value that each question ends with."""
-    hits = []
-    for question in track(questions, description=f"{name}, lines", transient=True):
-        logits = scorer.logits(question.token_ids[:-1], policy)
-        answer = question.token_ids[-question.num_answer :]
-        said = logits[-question.num_answer :].argmax(-1)
-        hits.append(bool((said == answer).all()))
-    return np.asarray(hits)
-
-
 def _claims(
     perplexities: Mapping[str, Mapping[str, float]], retrieval: Mapping[str, float]
 ) -> list[Claim]:
@@ -261,7 +238,7 @@ def _claims(
 def _print(summary: Mapping[str, Any]) -> None:
     table = Table(title="After truncation", title_justify="left")
     table.add_column("")
-    for policy in summary["retrieval"]:
+    for policy in [*summary["retrieval"], "frequencies"]:
         table.add_column(policy, justify="right")
     for unit, texts in summary["perplexity"].items():
         for name, found in texts.items():
