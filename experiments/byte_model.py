@@ -41,7 +41,7 @@ class TrainingConfig:
     num_heads: int = 4
     window: int = 256
     batch_size: int = 4
-    num_steps: int = 2600
+    num_steps: int = 3600
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     lines_share: float = 0.125

@@ -231,7 +231,7 @@ def test_the_cost_of_every_policy_is_counted(tmp_path):
         engine=EngineConfig(page_tokens=16, max_batch=2, chunk_tokens=(32,)),
         store=StoreConfig(device_bytes="4 MiB", host_bytes="8 MiB"),
         rounds=2,
-        long_reply=40,
+        long_reply=60,
         long_replies=2,
     )
     modes = summary["modes"]
@@ -241,3 +241,5 @@ def test_the_cost_of_every_policy_is_counted(tmp_path):
     assert modes["TT"]["recomputed_tokens"] > 0
     assert modes["OF"]["hit_rate"] < modes["ours"]["hit_rate"] == 1.0
     assert summary["sessions_past_the_window"] == 1.0
+    most = summary["long_reply"]["medians"]["max_s"]
+    assert most.keys() == {"decoding", "saving", "truncating"}
