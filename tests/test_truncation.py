@@ -216,11 +216,14 @@ def test_of_replies_that_wait_for_slots_of_each_other_one_ends_at_the_window():
     assert_nothing_leaked(engine)
 
 
-@pytest.mark.parametrize("sizes", [(30, 20), (200, 180), (200, 10)])
+@pytest.mark.parametrize("sizes", [(30, 20), (200, 10), (30, 172, 172)])
 def test_a_pool_of_one_window_a_turn_has_the_slots_for_every_truncation(sizes):
-    engine = make_engine(max_batch=2, page_tokens=4, device_pages=48)
-    requests = dict(zip("ab", [(size, 150) for size in sizes], strict=True))
-    for turn in share_a_beginning(engine, requests):
+    count = len(sizes)
+    engine = make_engine(max_batch=count, page_tokens=4, device_pages=24 * count)
+    requests = {name: (size, 150) for name, size in zip("abc", sizes, strict=False)}
+    turns = share_a_beginning(engine, requests)
+    assert turns[1].times.started_s < turns[0].times.finished_s, "they did not overlap"
+    for turn in turns:
         assert turn.finish_reason == "length"
         assert_equals_dense(engine, turn.request.session_id, [turn])
     assert engine.store.counters["truncations_paused"] == 0
