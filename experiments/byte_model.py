@@ -23,6 +23,9 @@ from cachedattn_jax.model.llama import LlamaParams, model_of
 from experiments.initial_params import initial_params
 from experiments.training_text import Corpus, crop, retrieval_sample
 
+# Steps whose losses are read, and shown, at once.
+_SHOWN_TOGETHER = 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -114,13 +117,17 @@ def _train(config: TrainingConfig, corpus: Corpus, console: Console) -> LlamaPar
             total=config.num_steps,
             learnt="",
         )
-        for number in range(config.num_steps):
+        recent: list = []
+        for _ in range(config.num_steps):
             batch = make_batch(config, corpus.training, rng)
             params, state, measured = step(params, state, *batch)
-            if number % 20 == 0:
-                nats, found = map(float, measured)
-                learnt = f"{nats:.2f} nats a byte, {100 * found:.0f} % of lines found"
+            recent.append(measured)
+            if len(recent) == _SHOWN_TOGETHER:
+                nats, num_found, num_asked = np.sum(jax.device_get(recent), axis=0)
+                found = 100 * num_found / max(num_asked, 1)
+                learnt = f"{nats / len(recent):.2f} nats, lines {found:.0f} %"
                 progress.update(task, learnt=learnt)
+                recent.clear()
             progress.advance(task)
     return params
 
@@ -155,8 +162,8 @@ def _step_of(model: LlamaConfig, optimiser):
         logits, asked = model_of(model, params)(tokens[:, :-1]), tokens[:, 1:]
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, asked)
         text, lines = mean(nats, is_text[:, 1:]), mean(nats, is_answer[:, 1:])
-        found = mean(logits.argmax(-1) == asked, is_answer[:, 1:])
-        return text + lines, (text, found)
+        is_found = (logits.argmax(-1) == asked) & is_answer[:, 1:]
+        return text + lines, (text, is_found.sum(), is_answer[:, 1:].sum())
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, *batch):

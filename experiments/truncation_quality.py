@@ -13,7 +13,7 @@ and, to compare with, when nothing is known but the frequencies of tokens. Secti
 of the paper: perplexity 5.47 / 5.48 / 2199 of the first three, and 66.0 / 65.9 / 12.0 %
 of LongEval, which asks for a line that survived.
 
-    cachedattn run configs/truncation_quality.gin      2 CPU cores, about 20 minutes
+    cachedattn run configs/truncation_quality.gin      2 CPU cores, about 15 minutes
 
 Expected: perplexity of ours within 1 % of TT, retrieval within 2 points.
 """
