@@ -11,12 +11,14 @@ from typing import Any
 
 import tensorstore as ts
 
+from cachedattn_jax.store.buffers import Buffers, cut, num_bytes
 from cachedattn_jax.store.fault_config import (
     HOST_FAULTS,
     READ_FAULTS,
     WRITE_FAULTS,
     FaultConfig,
 )
+from cachedattn_jax.store.open_file import OpenFile
 
 _ERRORS = {
     "error": "UNAVAILABLE: injected: input/output error",
@@ -130,7 +132,28 @@ class FaultyKv:
             return self._kv.read(key, **kwargs)
         return _Struck(lambda timeout: self._read(kind, key, timeout, kwargs))
 
-    def write(self, key: str, value: bytes | bytearray | None, **kwargs: Any) -> Any:
+    def read_into(self, key: str, start: int, buffers: Buffers, file: OpenFile) -> Any:
+        def begin() -> Any:
+            return self._kv.read_into(key, start, buffers, file)
+
+        kind = self._faults.draw_read()
+        if kind is None:
+            return begin()
+        return _Struck(lambda timeout: self._read_into(kind, begin, buffers, timeout))
+
+    def rename(self, key: str, new_key: str) -> Any:
+        def begin() -> Any:
+            return self._kv.rename(key, new_key)
+
+        kind = self._faults.draw_write()
+        if kind == "torn_write":
+            self._faults.spare(kind)
+            kind = None
+        if kind is None:
+            return begin()
+        return _Struck(lambda timeout: self._rename(kind, begin, timeout))
+
+    def write(self, key: str, value: Buffers | None, **kwargs: Any) -> Any:
         kind = self._faults.draw_write()
         if kind == "torn_write" and value is None:
             self._faults.spare(kind)
@@ -157,11 +180,39 @@ class FaultyKv:
             data = bytes(flipped)
         return ts.KvStore.ReadResult(state=found.state, value=data, stamp=found.stamp)
 
+    def _read_into(
+        self,
+        kind: str,
+        begin: Callable[[], Any],
+        buffers: Buffers,
+        timeout: float | None,
+    ) -> int | None:
+        self._fail(kind, timeout)
+        size = self._real(kind, timeout, begin)
+        if kind not in ("short_read", "bit_flip"):
+            return size
+        if not size:
+            self._faults.spare(kind)
+        elif kind == "short_read":
+            return self._faults.place(size)
+        else:
+            place = self._faults.place(8 * size)
+            cut(buffers, place // 8)[0][0] ^= 1 << place % 8
+        return size
+
+    def _rename(
+        self, kind: str, begin: Callable[[], Any], timeout: float | None
+    ) -> Any:
+        if kind == "hang" and self._faults.place(2):
+            begin().result()
+        self._fail(kind, timeout)
+        return self._real(kind, timeout, begin)
+
     def _write(
         self,
         kind: str,
         key: str,
-        value: bytes | bytearray | None,
+        value: Buffers | None,
         timeout: float | None,
         kwargs: dict,
     ) -> Any:
@@ -171,10 +222,10 @@ class FaultyKv:
             self._faults.torn.discard(key)
         self._fail(kind, timeout)
         if kind == "torn_write" and value:
-            value = value[: self._faults.place(len(value))]
+            value = cut(value, 0, self._faults.place(num_bytes(value)))
         done = self._real(kind, timeout, lambda: self._kv.write(key, value, **kwargs))
         self._faults.torn.discard(key)
-        if kind == "torn_write" and done.generation:
+        if kind == "torn_write" and (done is None or done.generation):
             self._faults.torn.add(key)
         return done
 

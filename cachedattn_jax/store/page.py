@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import crc32c
 import numpy as np
 
+from cachedattn_jax.store.buffers import Buffer, Buffers, num_bytes
 from cachedattn_jax.store.layout import FORMAT_VERSION, Layout
 
 PageKey = bytes
@@ -109,26 +110,27 @@ def encode_page(
     layout: Layout, key: PageKey, token_ids: np.ndarray, payload: bytes
 ) -> bytes:
     """The object of a page whose layers, in order, are `payload`."""
-    data = bytearray(payload_offset(layout)) + payload
-    seal_page(layout, key, token_ids, data)
-    return bytes(data)
+    return encode_header(layout, key, token_ids, [payload]) + payload
 
 
-def seal_page(
-    layout: Layout, key: PageKey, token_ids: np.ndarray, data: bytearray
-) -> None:
-    """Writes the header of an object whose layers are in their place already."""
-    assert len(data) == object_bytes(layout), (len(data), object_bytes(layout))
+def encode_header(
+    layout: Layout, key: PageKey, token_ids: np.ndarray, layers: Buffers
+) -> bytes:
+    """What lies before the layers of a page in its object.
+
+    Args:
+        layers: the bytes of all layers, in order; each piece has whole layers.
+    """
+    assert num_bytes(layers) == layout.page_bytes, (num_bytes(layers), layout)
     ids = np.zeros(layout.page_tokens, "<i4")
     ids[: len(token_ids)] = token_ids
-    payload = memoryview(data)[payload_offset(layout) :]
-    checksums = np.fromiter(_checksums(layout, payload), "<u4")
+    checksums = [checksum for piece in layers for checksum in _checksums(layout, piece)]
     header = _FIXED.pack(
         _MAGIC, FORMAT_VERSION, len(token_ids), layout.page_tokens, layout.digest, key
     )
-    header += ids.tobytes() + checksums.tobytes()
+    header += ids.tobytes() + np.array(checksums, "<u4").tobytes()
     header += struct.pack("<I", crc32c.crc32c(header))
-    data[: len(header)] = header
+    return header.ljust(payload_offset(layout), b"\0")
 
 
 def decode_header(layout: Layout, key: PageKey, data: bytes) -> PageHeader:
@@ -166,14 +168,14 @@ def verify_layers(
     header: PageHeader,
     first_layer: int,
     num_layers: int,
-    payload: memoryview,
+    payload: Buffer,
 ) -> None:
     """Checks whole layers, `first_layer` and the following, against the header.
 
     Raises:
         BadPage: the bytes end early or differ from what was written.
     """
-    if len(payload) != num_layers * layout.layer_bytes:
+    if memoryview(payload).nbytes != num_layers * layout.layer_bytes:
         raise BadPage("torn")
     expected = header.checksums[first_layer : first_layer + num_layers].reshape(-1)
     for checksum, found in zip(expected, _checksums(layout, payload), strict=True):
@@ -181,7 +183,7 @@ def verify_layers(
             raise BadPage("checksum")
 
 
-def _checksums(layout: Layout, payload: bytes | memoryview) -> Iterator[int]:
+def _checksums(layout: Layout, payload: Buffer) -> Iterator[int]:
     view = memoryview(payload)
     for start in range(0, len(view), layout.head_bytes):
         yield crc32c.crc32c(view[start : start + layout.head_bytes])

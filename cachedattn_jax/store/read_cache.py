@@ -7,41 +7,20 @@ checked like all that is read, and pages never change.
 import contextlib
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorstore as ts
 
+from cachedattn_jax.store.buffers import Buffers, num_bytes
+from cachedattn_jax.store.folder_kv import UNFINISHED
+from cachedattn_jax.store.object_kv import Later, put_found
+from cachedattn_jax.store.object_names import PAGES
+from cachedattn_jax.store.open_file import OpenFile
 from cachedattn_jax.store.writer_lock import LOCK_NAME
 
-_PAGES = "pages/"
 _LOCAL_TIMEOUT_S = 5.0
-
-
-class _Later:
-    """A result that is made from another when it is asked for."""
-
-    def __init__(
-        self,
-        future: Any,
-        finish: Callable[[Any], Any],
-        on_failure: Callable[[], object] = lambda: None,
-    ) -> None:
-        self._future = future
-        self._finish = finish
-        self._on_failure = on_failure
-
-    def result(self, timeout: float | None = None) -> Any:
-        try:
-            found = self._future.result(timeout)
-        except (ValueError, OSError):
-            self._on_failure()
-            raise
-        return self._finish(found)
-
-    def cancel(self) -> None:
-        self._future.cancel()
 
 
 class ReadCache:
@@ -69,37 +48,42 @@ class ReadCache:
         self._under_way: dict[str, Any] = {}
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
-            if path.is_file() and name != LOCK_NAME and not name.endswith(".__lock"):
+            if path.is_file() and name != LOCK_NAME and not name.endswith(UNFINISHED):
                 self._keep(name, path.stat().st_size)
 
     def list(self, *args: Any, **kwargs: Any) -> Any:
         return self._remote.list(*args, **kwargs)
 
     def read(self, key: str, byte_range: slice | None = None, **options: Any) -> Any:
-        if not key.startswith(_PAGES):
+        if not key.startswith(PAGES):
             return self._remote.read(key, **_range(byte_range), **options)
-        with self._lock:
-            size = self._sizes.get(key)
-            if size is not None:
-                self._sizes.move_to_end(key)
-        if size is not None:
+        if self._has(key):
             near = self._local.read(key, **_range(byte_range))
-            return _Later(near, lambda found: self._near(key, found))
+            return Later(near, lambda found: self._near(key, found))
         whole = self._fetch(key)
-        return _Later(
+        return Later(
             whole,
             lambda found: self._far(key, found, byte_range),
             lambda: self._under_way.pop(key, None),
         )
 
-    def write(self, key: str, value: bytes | bytearray | None, **options: Any) -> Any:
-        if not key.startswith(_PAGES):
+    def read_into(self, key: str, start: int, buffers: Buffers, file: OpenFile) -> Any:
+        """Reads a range of bytes; how many there were, None for no such object."""
+        stop = start + num_bytes(buffers)
+        if not key.startswith(PAGES) or not self._has(key):
+            found = self.read(key, slice(start, stop))
+            return Later(found, lambda found: put_found(found, buffers))
+        near = self._local.read_into(key, start, buffers, file)
+        return Later(near, lambda size: self._near_size(key, size))
+
+    def write(self, key: str, value: Buffers | None, **options: Any) -> Any:
+        if not key.startswith(PAGES):
             return self._remote.write(key, value, **options)
         if value is None:
             self._drop(key)
             return self._remote.write(key, None, **options)
         done = self._remote.write(key, value, **options)
-        return _Later(done, lambda stamp: self._written(key, value, stamp))
+        return Later(done, lambda stamp: self._written(key, value, stamp))
 
     def _fetch(self, key: str) -> Any:
         """The read of a whole page; its layer groups share it."""
@@ -109,11 +93,24 @@ class ReadCache:
                 whole = self._under_way[key] = self._remote.read(key)
             return whole
 
+    def _has(self, key: str) -> bool:
+        """Whether an object is kept near by; it counts as used now."""
+        with self._lock:
+            if key not in self._sizes:
+                return False
+            self._sizes.move_to_end(key)
+            return True
+
     def _near(self, key: str, found: Any) -> Any:
-        self._count("cache_hits", len(found.value))
-        if found.state != "value":  # somebody has cleaned the folder
-            self._drop(key)
+        is_there = found.state == "value"
+        self._near_size(key, len(found.value) if is_there else None)
         return found
+
+    def _near_size(self, key: str, size: int | None) -> int | None:
+        self._count("cache_hits", size or 0)
+        if size is None:  # somebody has cleaned the folder
+            self._drop(key)
+        return size
 
     def _far(self, key: str, found: Any, byte_range: slice | None) -> Any:
         with self._lock:
@@ -122,19 +119,19 @@ class ReadCache:
             return found
         if is_first:
             self._count("cache_fetches", len(found.value))
-            self._put(key, found.value)
+            self._put(key, [found.value])
         part = found.value if byte_range is None else found.value[byte_range]
         return ts.KvStore.ReadResult(state="value", value=part, stamp=found.stamp)
 
-    def _written(self, key: str, value: bytes | bytearray, stamp: Any) -> Any:
+    def _written(self, key: str, value: Buffers, stamp: Any) -> Any:
         self._put(key, value)
         return stamp
 
-    def _put(self, key: str, value: bytes | bytearray) -> None:
-        if len(value) > self.capacity_bytes:
+    def _put(self, key: str, value: Buffers) -> None:
+        if num_bytes(value) > self.capacity_bytes:
             return
         with self._lock:
-            leaving = self._keep(key, len(value))
+            leaving = self._keep(key, num_bytes(value))
         for name in leaving:
             self._write_near(name, None)
         self._write_near(key, value)
@@ -155,7 +152,7 @@ class ReadCache:
             self.used_bytes -= self._sizes.pop(key, 0)
         self._write_near(key, None)
 
-    def _write_near(self, key: str, value: bytes | bytearray | None) -> None:
+    def _write_near(self, key: str, value: Buffers | None) -> None:
         # A folder that fails costs a fetch later; the object store has everything.
         with contextlib.suppress(ValueError, OSError):
             self._local.write(key, value).result(_LOCAL_TIMEOUT_S)

@@ -1,0 +1,172 @@
+"""The reading of a run of pages, layer group by layer group, on a worker thread.
+
+Knows objects, headers and checksums. Does not know tiers, or who waits.
+
+    page 0  | header, part 0 |  part 1  |  part 2  |
+    page 1  | header, part 0 |  part 1  |  part 2  |     a part: some layer groups
+                  first          then       last
+
+Bytes are read into the arrays that they are wanted in and checked there, while the next
+part of the page is being read.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import numpy as np
+
+from cachedattn_jax.store import page as page_format
+from cachedattn_jax.store.buffers import Buffers
+from cachedattn_jax.store.disk_read import PASSING, DiskPart
+from cachedattn_jax.store.guard import Guard, Operation, StorageFailure
+from cachedattn_jax.store.layout import Layout
+from cachedattn_jax.store.open_file import OpenFile
+from cachedattn_jax.store.page import BadPage, PageHeader, PageKey
+
+# A read of fewer bytes than this costs as much as one of so many: consecutive layer
+# groups of a page are read together until they have them.
+_LEAST_READ_BYTES = 256 * 1024
+
+
+class Wanted(NamedTuple):
+    """A page to be read; `token_ids` are those it must hold, if that is known."""
+
+    name: str
+    key: PageKey
+    token_ids: np.ndarray | None
+
+
+class PageReader:
+    """One run of pages on its way; `run` does the work, once.
+
+    Args:
+        reads_ahead: parts of a page that are asked for before the first has come.
+
+    Attributes:
+        groups_per_part: layer groups that are read together.
+        parts: end one after the other.
+    """
+
+    def __init__(
+        self,
+        kv: Guard,
+        layout: Layout,
+        dtype: np.dtype,
+        pages: Sequence[Wanted],
+        reads_ahead: int,
+    ) -> None:
+        wanted = -(-_LEAST_READ_BYTES // layout.group_bytes)
+        self.groups_per_part = min(wanted, layout.num_groups)
+        num_parts = -(-layout.num_groups // self.groups_per_part)
+        self.parts: list[Future[DiskPart]] = [Future() for _ in range(num_parts)]
+        self._kv = kv
+        self._layout = layout
+        self._dtype = dtype
+        self._pages = pages
+        self._reads_ahead = reads_ahead
+        self._files = [OpenFile() for _ in pages]
+        self._prefixes = [bytearray(page_format.payload_offset(layout)) for _ in pages]
+        self._headers: dict[int, PageHeader] = {}
+        self._bad: dict[int, str] = {}
+        self._reads: dict[tuple[int, int], Operation] = {}
+
+    def groups(self, part: int) -> range:
+        """The layer groups of a part."""
+        first = part * self.groups_per_part
+        return range(first, min(first + self.groups_per_part, self._layout.num_groups))
+
+    def run(self) -> None:
+        """Reads all pages; whatever happens, every part ends."""
+        try:
+            # One array: the large ones get huge pages, which a first touch shows.
+            shape = (self._layout.num_groups, len(self._pages))
+            data = np.empty((*shape, self._layout.group_bytes), np.uint8)
+            for part in range(min(self._reads_ahead, len(self.parts))):
+                for page in range(len(self._pages)):
+                    self._begin(page, part, data)
+            for part, future in enumerate(self.parts):
+                for page in range(len(self._pages)):
+                    self._take(page, part, data)
+                future.set_result(self._part(part, data))
+        except BaseException as error:
+            for future in self.parts:
+                if not future.done():
+                    future.set_exception(error)
+
+    def _begin(self, page: int, part: int, data: np.ndarray) -> None:
+        """Starts to read a part of a page."""
+        if part >= len(self.parts) or page in self._bad:
+            return
+        groups = self.groups(part)
+        start = page_format.group_range(self._layout, groups[0]).start
+        buffers: Buffers = [data[group, page].data for group in groups]
+        if part == 0:
+            start, buffers = 0, [self._prefixes[page], *buffers]
+        name, file = self._pages[page].name, self._files[page]
+        self._reads[page, part] = self._kv.read_into(name, start, buffers, file)
+
+    def _take(self, page: int, part: int, data: np.ndarray) -> None:
+        """Waits for a part of a page and checks it."""
+        read = self._reads.pop((page, part), None)
+        if read is None or page in self._bad:
+            return
+        groups = self.groups(part)
+        num_bytes = len(groups) * self._layout.group_bytes
+        try:
+            num_read = _result(read)
+            if part == 0:
+                num_bytes += len(self._prefixes[page])
+                self._headers[page] = self._header(page, num_read)
+            if num_read < num_bytes:
+                raise BadPage("torn")
+            self._begin(page, part + self._reads_ahead, data)
+            self._verify(page, groups, data)
+        except BadPage as error:
+            self._bad[page] = str(error)
+            if self._bad[page] not in PASSING:
+                self._kv.count(f"corrupt_{error}")
+
+    def _header(self, page: int, num_read: int) -> PageHeader:
+        """The header, checked against what was asked for."""
+        wanted = self._pages[page]
+        prefix = bytes(self._prefixes[page][:num_read])
+        header = page_format.decode_header(self._layout, wanted.key, prefix)
+        expected = wanted.token_ids
+        if expected is not None and not np.array_equal(header.token_ids, expected):
+            raise BadPage("other_tokens")
+        return header
+
+    def _verify(self, page: int, groups: range, data: np.ndarray) -> None:
+        per_group = self._layout.layers_per_group
+        for group in groups:
+            page_format.verify_layers(
+                self._layout,
+                self._headers[page],
+                group * per_group,
+                per_group,
+                data[group, page].data,
+            )
+
+    def _part(self, part: int, data: np.ndarray) -> DiskPart:
+        shape = (len(self._pages), *self._layout.group_shape)
+        return DiskPart(
+            groups=[
+                data[g].view(self._dtype).reshape(shape) for g in self.groups(part)
+            ],
+            headers=dict(self._headers),
+            bad=dict(self._bad),
+            end_s=time.monotonic(),
+        )
+
+
+def _result(read: Operation) -> int:
+    """How many bytes were read; BadPage if there are none."""
+    try:
+        num_read = read.result()
+    except StorageFailure as failure:
+        raise BadPage(failure.reason) from failure
+    if num_read is None:
+        raise BadPage("missing")
+    return num_read
