@@ -126,8 +126,7 @@ class DiskTier:
     def read(self, entries: Sequence[PageEntry]) -> DiskRead:
         """Starts to read and verify pages, from the first layer group to the last."""
         pages = [Wanted(object_name(e), e.key, e.token_ids) for e in entries]
-        ahead = 1 if self.root.folder is not None else self.layout.num_groups
-        reader = PageReader(self.root.kv, self.layout, self._dtype, pages, ahead)
+        reader = PageReader(self.root.kv, self.layout, self._dtype, pages)
         copies = []
         for number, part in enumerate(reader.parts):
             num_groups = len(reader.groups(number))

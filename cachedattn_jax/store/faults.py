@@ -6,7 +6,8 @@ Knows operations and dice. What is above cannot tell these faults from real ones
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import tensorstore as ts
@@ -18,7 +19,6 @@ from cachedattn_jax.store.fault_config import (
     WRITE_FAULTS,
     FaultConfig,
 )
-from cachedattn_jax.store.open_file import OpenFile
 
 _ERRORS = {
     "error": "UNAVAILABLE: injected: input/output error",
@@ -106,14 +106,19 @@ class Faults:
 class _Struck:
     """The future of an operation that a fault strikes when it is waited for."""
 
-    def __init__(self, work: Callable[[float | None], Any]) -> None:
+    def __init__(
+        self,
+        work: Callable[[float | None], Any],
+        cancel: Callable[[], object] = lambda: None,
+    ) -> None:
         self._work = work
+        self._cancel = cancel
 
     def result(self, timeout: float | None = None) -> Any:
         return self._work(timeout)
 
     def cancel(self) -> None:
-        pass
+        self._cancel()
 
 
 class FaultyKv:
@@ -132,14 +137,13 @@ class FaultyKv:
             return self._kv.read(key, **kwargs)
         return _Struck(lambda timeout: self._read(kind, key, timeout, kwargs))
 
-    def read_into(self, key: str, start: int, buffers: Buffers, file: OpenFile) -> Any:
-        def begin() -> Any:
-            return self._kv.read_into(key, start, buffers, file)
-
-        kind = self._faults.draw_read()
-        if kind is None:
-            return begin()
-        return _Struck(lambda timeout: self._read_into(kind, begin, buffers, timeout))
+    def read_parts(self, key: str, parts: Sequence[Buffers]) -> Sequence[Any]:
+        # Drawn when they are waited for: nobody waits for those behind a bad one.
+        reads = self._kv.read_parts(key, parts)
+        return [
+            _Struck(partial(self._read_part, read, buffers), read.cancel)
+            for read, buffers in zip(reads, parts, strict=True)
+        ]
 
     def rename(self, key: str, new_key: str) -> Any:
         def begin() -> Any:
@@ -180,15 +184,14 @@ class FaultyKv:
             data = bytes(flipped)
         return ts.KvStore.ReadResult(state=found.state, value=data, stamp=found.stamp)
 
-    def _read_into(
-        self,
-        kind: str,
-        begin: Callable[[], Any],
-        buffers: Buffers,
-        timeout: float | None,
+    def _read_part(
+        self, read: Any, buffers: Buffers, timeout: float | None
     ) -> int | None:
+        kind = self._faults.draw_read()
+        if kind is None:
+            return read.result(timeout)
         self._fail(kind, timeout)
-        size = self._real(kind, timeout, begin)
+        size = self._real(kind, timeout, lambda: read)
         if kind not in ("short_read", "bit_flip"):
             return size
         if not size:

@@ -10,6 +10,7 @@ those of TensorStore's file driver: each reads what the other has written.
 import contextlib
 import itertools
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from cachedattn_jax.store.buffers import Buffers, cut, num_bytes
 from cachedattn_jax.store.file_threads import Call, FileThreads
 from cachedattn_jax.store.object_kv import ObjectKv
 from cachedattn_jax.store.object_names import PAGES
-from cachedattn_jax.store.open_file import OpenFile
 
 # Names that end so are of writes under way: TensorStore does not list them.
 UNFINISHED = ".__lock"
 
-_MAX_THREADS = 8
+# A read occupies one from the first layer group to the last, and pages of one turn are
+# wanted group by group: as many at once as a run has, or the last would come too late.
+_MAX_THREADS = 16
 # Of a vector of pieces, POSIX allows as many.
 _MAX_PIECES = 1024
 # Reads ahead grow from the size of the first read, in ever larger pieces of page cache.
@@ -52,9 +54,14 @@ class FolderKv:
     def read(self, key: str, **options: Any) -> Any:
         return self._kv.read(key, **options)
 
-    def read_into(self, key: str, start: int, buffers: Buffers, file: OpenFile) -> Call:
-        """Reads a range of bytes; how many there were, None for no such object."""
-        return self._threads.submit(_read, self._path(key), start, buffers, file)
+    def read_parts(self, key: str, parts: Sequence[Buffers]) -> Sequence[Call]:
+        """Reads the beginning of an object to where it is wanted, part by part.
+
+        The result of each is how many bytes there were, None for no such object.
+        """
+        reads = [Call() for _ in parts]
+        self._threads.submit(_read, self._path(key), parts, reads)
+        return reads
 
     def write(self, key: str, value: Buffers | None, **options: Any) -> Any:
         if not key.startswith(PAGES):
@@ -111,13 +118,30 @@ class FolderKv:
             os.close(folder)
 
 
-def _read(
-    call: Call, path: str, start: int, buffers: Buffers, file: OpenFile
-) -> int | None:
+def _read(call: Call, path: str, parts: Sequence[Buffers], reads: list[Call]) -> None:
+    """Reads one part after the other; each has its end, whatever happens."""
+    waiting = [read for read in reads if read.set_running_or_notify_cancel()]
+    if not waiting:
+        return
     try:
-        descriptor = file.open(path)
-    except FileNotFoundError:
-        return None
+        start = 0
+        with _opened(path) as descriptor:
+            for buffers, read in zip(parts, reads, strict=True):
+                if read.is_void:
+                    raise TimeoutError
+                read.set_result(_read_part(descriptor, start, buffers))
+                start += num_bytes(buffers)
+    except BaseException as error:
+        for read in reads:
+            if read.done():
+                continue
+            if isinstance(error, FileNotFoundError):
+                read.set_result(None)
+            else:
+                read.set_exception(error)
+
+
+def _read_part(descriptor: int, start: int, buffers: Buffers) -> int:
     wanted, done = num_bytes(buffers), 0
     while done < wanted:
         limit = _FIRST_READ_BYTES if start + done == 0 else None
@@ -127,6 +151,15 @@ def _read(
         if not num_read:
             break
     return done
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _write_file(path: str, value: Buffers, is_synced: bool) -> None:

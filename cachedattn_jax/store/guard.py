@@ -7,7 +7,8 @@ import errno
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import tensorstore as ts
@@ -15,7 +16,6 @@ import tensorstore as ts
 from cachedattn_jax.store.breaker import Breaker
 from cachedattn_jax.store.buffers import Buffers
 from cachedattn_jax.store.io_config import IoConfig
-from cachedattn_jax.store.open_file import OpenFile
 
 # Listing reads whole folders; it is done at start-up and by people.
 _LIST_PATIENCE = 30
@@ -83,10 +83,14 @@ class Operation:
         self._breaker.succeeded()
         return found
 
+    def cancel(self) -> None:
+        """Nobody waits for it any more; it may be done all the same."""
+        if self._future is not None:
+            self._future.cancel()
+
     def _failed(self, error: Exception) -> StorageFailure:
         if isinstance(error, TimeoutError):
-            if self._future is not None:
-                self._future.cancel()
+            self.cancel()
             failure = StorageFailure("timeout", f"{self._guard.timeout_s} s")
         else:
             text = str(error).strip().splitlines()[0] if str(error) else ""
@@ -132,23 +136,28 @@ class Guard:
             self, "read", self.reading, lambda: self._kv.read(key, **options)
         )
 
-    def read_into(
-        self, key: str, start: int, buffers: Buffers, file: OpenFile
-    ) -> Operation:
-        """Starts to read a part of an object to where it is wanted.
-
-        Its result is how many bytes there were, None if there is no such object. After
-        a failure the buffers may still be written to.
+    def read_parts(self, key: str, parts: Sequence[Buffers]) -> Sequence[Operation]:
+        """Starts to read the beginning of an object to where it is wanted.
 
         Args:
-            file: the same for all reads of one object, which follow each other.
+            parts: the memory for each, one after the other. After a failure it may
+                still be written to.
+
+        Returns:
+            An operation for each part, in order; its result is how many bytes there
+            were, None if there is no such object.
         """
-        return Operation(
-            self,
-            "read",
-            self.reading,
-            lambda: self._kv.read_into(key, start, buffers, file),
-        )
+        begun: list[Any] = []
+
+        def begin(index: int) -> Any:
+            if not begun:
+                begun.extend(self._kv.read_parts(key, parts))
+            return begun[index]
+
+        return [
+            Operation(self, "read", self.reading, partial(begin, index))
+            for index in range(len(parts))
+        ]
 
     def write(
         self, key: str, value: Buffers | None, if_equal: bytes | None = None

@@ -3,13 +3,13 @@
 Knows futures and bytes. Does not know what the objects are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import tensorstore as ts
 
 from cachedattn_jax.store.buffers import Buffers, fill, num_bytes
-from cachedattn_jax.store.open_file import OpenFile
 
 
 class Later:
@@ -49,11 +49,18 @@ class ObjectKv:
     def read(self, key: str, **options: Any) -> Any:
         return self._kv.read(key, **options)
 
-    def read_into(self, key: str, start: int, buffers: Buffers, file: OpenFile) -> Any:
-        """Reads a range of bytes; how many there were, None for no such object."""
-        byte_range = slice(start, start + num_bytes(buffers))
-        found = self._kv.read(key, byte_range=byte_range)
-        return Later(found, lambda found: put_found(found, buffers))
+    def read_parts(self, key: str, parts: Sequence[Buffers]) -> Sequence[Any]:
+        """Reads the beginning of an object to where it is wanted, part by part.
+
+        The result of each is how many bytes there were, None for no such object.
+        """
+        reads, start = [], 0
+        for buffers in parts:
+            stop = start + num_bytes(buffers)
+            found = self._kv.read(key, byte_range=slice(start, stop))
+            reads.append(Later(found, partial(put_found, buffers)))
+            start = stop
+        return reads
 
     def write(self, key: str, value: Buffers | None, **options: Any) -> Any:
         data = None if value is None else b"".join(value)
@@ -63,6 +70,6 @@ class ObjectKv:
         """Nothing to be closed."""
 
 
-def put_found(found: Any, buffers: Buffers) -> int | None:
+def put_found(buffers: Buffers, found: Any) -> int | None:
     """Copies what was read to where it is wanted; how many bytes, None if missing."""
     return fill(buffers, found.value) if found.state == "value" else None

@@ -7,7 +7,7 @@ Knows objects, headers and checksums. Does not know tiers, or who waits.
                   first          then       last
 
 Bytes are read into the arrays that they are wanted in and checked there, while the next
-part of the page is being read.
+parts of the pages are being read.
 """
 
 import time
@@ -18,11 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 from cachedattn_jax.store import page as page_format
-from cachedattn_jax.store.buffers import Buffers
+from cachedattn_jax.store.buffers import Buffer
 from cachedattn_jax.store.disk_read import PASSING, DiskPart
 from cachedattn_jax.store.guard import Guard, Operation, StorageFailure
 from cachedattn_jax.store.layout import Layout
-from cachedattn_jax.store.open_file import OpenFile
 from cachedattn_jax.store.page import BadPage, PageHeader, PageKey
 
 # A read of fewer bytes than this costs as much as one of so many: consecutive layer
@@ -41,9 +40,6 @@ class Wanted(NamedTuple):
 class PageReader:
     """One run of pages on its way; `run` does the work, once.
 
-    Args:
-        reads_ahead: parts of a page that are asked for before the first has come.
-
     Attributes:
         groups_per_part: layer groups that are read together.
         parts: end one after the other.
@@ -55,7 +51,6 @@ class PageReader:
         layout: Layout,
         dtype: np.dtype,
         pages: Sequence[Wanted],
-        reads_ahead: int,
     ) -> None:
         wanted = -(-_LEAST_READ_BYTES // layout.group_bytes)
         self.groups_per_part = min(wanted, layout.num_groups)
@@ -65,12 +60,9 @@ class PageReader:
         self._layout = layout
         self._dtype = dtype
         self._pages = pages
-        self._reads_ahead = reads_ahead
-        self._files = [OpenFile() for _ in pages]
         self._prefixes = [bytearray(page_format.payload_offset(layout)) for _ in pages]
         self._headers: dict[int, PageHeader] = {}
         self._bad: dict[int, str] = {}
-        self._reads: dict[tuple[int, int], Operation] = {}
 
     def groups(self, part: int) -> range:
         """The layer groups of a part."""
@@ -83,50 +75,47 @@ class PageReader:
             # One array: the large ones get huge pages, which a first touch shows.
             shape = (self._layout.num_groups, len(self._pages))
             data = np.empty((*shape, self._layout.group_bytes), np.uint8)
-            for part in range(min(self._reads_ahead, len(self.parts))):
-                for page in range(len(self._pages)):
-                    self._begin(page, part, data)
+            reads = [self._begin(page, data) for page in range(len(self._pages))]
             for part, future in enumerate(self.parts):
                 for page in range(len(self._pages)):
-                    self._take(page, part, data)
+                    self._take(page, part, reads[page], data)
                 future.set_result(self._part(part, data))
         except BaseException as error:
             for future in self.parts:
                 if not future.done():
                     future.set_exception(error)
 
-    def _begin(self, page: int, part: int, data: np.ndarray) -> None:
-        """Starts to read a part of a page."""
-        if part >= len(self.parts) or page in self._bad:
-            return
-        groups = self.groups(part)
-        start = page_format.group_range(self._layout, groups[0]).start
-        buffers: Buffers = [data[group, page].data for group in groups]
-        if part == 0:
-            start, buffers = 0, [self._prefixes[page], *buffers]
-        name, file = self._pages[page].name, self._files[page]
-        self._reads[page, part] = self._kv.read_into(name, start, buffers, file)
+    def _begin(self, page: int, data: np.ndarray) -> Sequence[Operation]:
+        """Starts to read a page."""
+        parts: list[list[Buffer]] = [
+            [data[group, page].data for group in self.groups(part)]
+            for part in range(len(self.parts))
+        ]
+        parts[0].insert(0, self._prefixes[page])
+        return self._kv.read_parts(self._pages[page].name, parts)
 
-    def _take(self, page: int, part: int, data: np.ndarray) -> None:
+    def _take(
+        self, page: int, part: int, reads: Sequence[Operation], data: np.ndarray
+    ) -> None:
         """Waits for a part of a page and checks it."""
-        read = self._reads.pop((page, part), None)
-        if read is None or page in self._bad:
+        if page in self._bad:
             return
         groups = self.groups(part)
         num_bytes = len(groups) * self._layout.group_bytes
         try:
-            num_read = _result(read)
+            num_read = _result(reads[part])
             if part == 0:
                 num_bytes += len(self._prefixes[page])
                 self._headers[page] = self._header(page, num_read)
             if num_read < num_bytes:
                 raise BadPage("torn")
-            self._begin(page, part + self._reads_ahead, data)
             self._verify(page, groups, data)
         except BadPage as error:
             self._bad[page] = str(error)
             if self._bad[page] not in PASSING:
                 self._kv.count(f"corrupt_{error}")
+            for read in reads[part + 1 :]:
+                read.cancel()
 
     def _header(self, page: int, num_read: int) -> PageHeader:
         """The header, checked against what was asked for."""

@@ -8,6 +8,7 @@ import contextlib
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from cachedattn_jax.store.buffers import Buffers, num_bytes
 from cachedattn_jax.store.folder_kv import UNFINISHED
 from cachedattn_jax.store.object_kv import Later, put_found
 from cachedattn_jax.store.object_names import PAGES
-from cachedattn_jax.store.open_file import OpenFile
 from cachedattn_jax.store.writer_lock import LOCK_NAME
 
 _LOCAL_TIMEOUT_S = 5.0
@@ -67,14 +67,21 @@ class ReadCache:
             lambda: self._under_way.pop(key, None),
         )
 
-    def read_into(self, key: str, start: int, buffers: Buffers, file: OpenFile) -> Any:
-        """Reads a range of bytes; how many there were, None for no such object."""
-        stop = start + num_bytes(buffers)
-        if not key.startswith(PAGES) or not self._has(key):
+    def read_parts(self, key: str, parts: Sequence[Buffers]) -> Sequence[Any]:
+        """Reads the beginning of an object to where it is wanted, part by part.
+
+        The result of each is how many bytes there were, None for no such object.
+        """
+        if self._has(key):
+            near = self._local.read_parts(key, parts)
+            return [Later(read, partial(self._near_size, key)) for read in near]
+        reads, start = [], 0
+        for buffers in parts:
+            stop = start + num_bytes(buffers)
             found = self.read(key, slice(start, stop))
-            return Later(found, lambda found: put_found(found, buffers))
-        near = self._local.read_into(key, start, buffers, file)
-        return Later(near, lambda size: self._near_size(key, size))
+            reads.append(Later(found, partial(put_found, buffers)))
+            start = stop
+        return reads
 
     def write(self, key: str, value: Buffers | None, **options: Any) -> Any:
         if not key.startswith(PAGES):

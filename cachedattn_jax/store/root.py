@@ -27,7 +27,7 @@ from cachedattn_jax.store.read_cache import ReadCache
 from cachedattn_jax.store.salts import Salts
 from cachedattn_jax.store.writer_lock import WriterLock
 
-_IO_THREADS = 4
+_IO_THREADS = 8
 
 Result = TypeVar("Result")
 
