@@ -39,6 +39,7 @@ def bucket(monkeypatch):
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", endpoint)
         monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
         process = server._process
+        assert process is not None
         yield "gs://bucket/root"
     for pipe in (process.stdout, process.stderr):  # which the wrapper leaves open
         if pipe is not None:

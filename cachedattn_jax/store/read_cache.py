@@ -39,17 +39,20 @@ class ReadCache:
         self, remote: Any, local: Any, folder: Path, capacity_bytes: int
     ) -> None:
         self.capacity_bytes = capacity_bytes
-        self.used_bytes = 0
         self.counters: Counter[str] = Counter()
         self._remote = remote
         self._local = local
         self._lock = threading.Lock()
+        # Held while files come and go: a removal must not overtake a write.
+        self._moving = threading.Lock()
         self._sizes: OrderedDict[str, int] = OrderedDict()
         self._under_way: dict[str, Any] = {}
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
             if path.is_file() and name != LOCK_NAME and not name.endswith(UNFINISHED):
-                self._keep(name, path.stat().st_size)
+                self._sizes[name] = path.stat().st_size
+        self.used_bytes = sum(self._sizes.values())
+        self._make_room(0)
 
     def list(self, *args: Any, **kwargs: Any) -> Any:
         return self._remote.list(*args, **kwargs)
@@ -135,29 +138,34 @@ class ReadCache:
         return stamp
 
     def _put(self, key: str, value: Buffers) -> None:
-        if num_bytes(value) > self.capacity_bytes:
+        size = num_bytes(value)
+        if size > self.capacity_bytes:
             return
-        with self._lock:
-            leaving = self._keep(key, num_bytes(value))
-        for name in leaving:
-            self._write_near(name, None)
-        self._write_near(key, value)
-
-    def _keep(self, key: str, size: int) -> Sequence[str]:
-        """Charges an object; who has to leave for it."""
-        self.used_bytes += size - self._sizes.pop(key, 0)
-        self._sizes[key] = size
-        leaving = []
-        while self.used_bytes > self.capacity_bytes:
-            name, freed = self._sizes.popitem(last=False)
-            self.used_bytes -= freed
-            leaving.append(name)
-        return leaving
+        with self._moving:
+            self._make_room(size, but=key)
+            self._write_near(key, value)
+            # Not before: who finds it here reads it here.
+            with self._lock:
+                self._sizes[key] = size
+                self.used_bytes += size
 
     def _drop(self, key: str) -> None:
+        with self._moving:
+            with self._lock:
+                self.used_bytes -= self._sizes.pop(key, 0)
+            self._write_near(key, None)
+
+    def _make_room(self, size: int, but: str | None = None) -> None:
+        """Removes those not used for longest; takes back the charge of `but`."""
+        leaving = []
         with self._lock:
-            self.used_bytes -= self._sizes.pop(key, 0)
-        self._write_near(key, None)
+            self.used_bytes -= self._sizes.pop(but, 0) if but else 0
+            while self._sizes and self.used_bytes + size > self.capacity_bytes:
+                name, freed = self._sizes.popitem(last=False)
+                self.used_bytes -= freed
+                leaving.append(name)
+        for name in leaving:
+            self._write_near(name, None)
 
     def _write_near(self, key: str, value: Buffers | None) -> None:
         # A folder that fails costs a fetch later; the object store has everything.
