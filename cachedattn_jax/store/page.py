@@ -186,14 +186,15 @@ def verify_layers(
 
 def joined_checksum(checksums: np.ndarray, num_bytes: int) -> int:
     """CRC-32C of pieces of so many bytes one after the other, from those of each."""
-    shifts = _shifts(len(checksums), num_bytes)
-    bits = (checksums[:, None] >> np.arange(32, dtype=np.uint32)) & 1
-    return int(np.bitwise_xor.reduce(shifts[bits.astype(bool)]))
+    pieces = np.ascontiguousarray(checksums, "<u4").view(np.uint8).reshape(-1, 4)
+    tables = _tables(len(pieces), num_bytes)
+    moved = np.take_along_axis(tables, pieces[..., None], axis=2)
+    return int(np.bitwise_xor.reduce(moved, axis=None))
 
 
 @functools.cache
-def _shifts(num_pieces: int, num_bytes: int) -> np.ndarray:
-    """uint32 [pieces, 32]: what a bit in the CRC of each is in that of all.
+def _tables(num_pieces: int, num_bytes: int) -> np.ndarray:
+    """uint32 [pieces, 4, 256]: what a byte in the CRC of each is in that of all.
 
     A CRC is linear: zeros behind a piece move the bits of its CRC, each by itself.
     """
@@ -202,7 +203,9 @@ def _shifts(num_pieces: int, num_bytes: int) -> np.ndarray:
     rows = [[1 << bit for bit in range(32)]]
     for _ in range(num_pieces - 1):
         rows.append([crc32c.crc32c(zeros, moved) ^ of_zeros for moved in rows[-1]])
-    return np.array(rows[::-1], np.uint32)
+    bits = np.array(rows[::-1], np.uint32).reshape(num_pieces, 4, 8, 1)
+    has_bit = np.arange(256) >> np.arange(8)[:, None] & 1
+    return np.bitwise_xor.reduce(np.where(has_bit, bits, 0), axis=2).astype(np.uint32)
 
 
 def _checksums(layout: Layout, payload: Buffer) -> Iterator[int]:
