@@ -28,7 +28,7 @@ class Injected(RuntimeError):
 @pytest.fixture
 def engine(tmp_path, monkeypatch):
     """One with a session "a" whose 60 tokens lie in host memory."""
-    monkeypatch.setattr(page_reader, "_LEAST_READ_BYTES", 1)
+    monkeypatch.setattr(page_reader, "_LEAST_PART_BYTES", 1)
     threads = set(threading.enumerate())
     engine = make_engine(
         layers_per_group=1,

@@ -30,7 +30,7 @@ def request(session_id: str, tokens, max_tokens: int = 4) -> Request:
 @pytest.fixture
 def parted_reads(monkeypatch):
     """Every layer group is a read of its own, however small."""
-    monkeypatch.setattr(page_reader, "_LEAST_READ_BYTES", 1)
+    monkeypatch.setattr(page_reader, "_LEAST_PART_BYTES", 1)
 
 
 @pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
