@@ -25,8 +25,8 @@ from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.page import BadPage, PageHeader, PageKey
 
 # Consecutive layer groups of a page are one part until they have so many bytes: waking
-# the threads for one takes as long as reading 100 KiB, and twice the CPU time in all for
-# pages of 2 MiB in parts of 256 KiB.
+# the threads for one takes as long as reading 100 KiB, and pages of 2 MiB in parts of
+# 256 KiB take twice the CPU time in all.
 _LEAST_PART_BYTES = 1024 * 1024
 
 
