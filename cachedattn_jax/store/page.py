@@ -13,7 +13,6 @@ verified by itself, and so is a shard of heads inside a layer.
 import functools
 import hashlib
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import crc32c
@@ -208,7 +207,7 @@ def _tables(num_pieces: int, num_bytes: int) -> np.ndarray:
     return np.bitwise_xor.reduce(np.where(has_bit, bits, 0), axis=2).astype(np.uint32)
 
 
-def _checksums(layout: Layout, payload: Buffer) -> Iterator[int]:
-    view = memoryview(payload)
-    for start in range(0, len(view), layout.head_bytes):
-        yield crc32c.crc32c(view[start : start + layout.head_bytes])
+def _checksums(layout: Layout, payload: Buffer) -> list[int]:
+    """CRC-32C of each head of whole layers."""
+    view, size, checksum = memoryview(payload), layout.head_bytes, crc32c.crc32c
+    return [checksum(view[at : at + size]) for at in range(0, len(view), size)]
