@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from cachedattn_jax.store import disk_tier
+from cachedattn_jax.store import page_reader
 from cachedattn_jax.store.placement.tier import Tier
 from tests.engines import (
     HeldLink,
@@ -28,7 +28,7 @@ class Injected(RuntimeError):
 @pytest.fixture
 def engine(tmp_path, monkeypatch):
     """One with a session "a" whose 60 tokens lie in host memory."""
-    monkeypatch.setattr(disk_tier, "_LEAST_READ_BYTES", 1)
+    monkeypatch.setattr(page_reader, "_LEAST_PART_BYTES", 1)
     threads = set(threading.enumerate())
     engine = make_engine(
         layers_per_group=1,
@@ -260,9 +260,9 @@ def test_a_failed_read_becomes_a_recompute_of_what_is_missing(
     engine, monkeypatch, count
 ):
     move_down(engine, Tier.DISK)
-    disk = engine.store.disk
+    part = page_reader.PageReader._part
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "_read", failing_after(disk._read, count))
+        patch.setattr(page_reader.PageReader, "_part", failing_after(part, count))
         turn = ask(engine, "a", [7] * 9)
     assert engine.store.counters["miss_read_failed"] > 0
     assert 0 < turn.tokens_from.recomputed <= 60

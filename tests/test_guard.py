@@ -9,6 +9,7 @@ from cachedattn_jax.store.breaker import Breaker
 from cachedattn_jax.store.fault_config import FAULTS, FaultConfig
 from cachedattn_jax.store.faults import Faults, FaultyKv
 from cachedattn_jax.store.guard import Guard, StorageFailure
+from cachedattn_jax.store.object_kv import ObjectKv
 
 
 class Clock:
@@ -63,7 +64,8 @@ def guarded(rate, kinds, timeout_s=5.0, **options):
     raw = ts.KvStore.open("memory://", context=context).result()
     faults = Faults(FaultConfig(rate=rate, kinds=kinds, **options))
     breakers = {name: Breaker(3, 60.0) for name in ("reading", "writing")}
-    return Guard(FaultyKv(raw, faults), timeout_s=timeout_s, **breakers), faults, raw
+    faulty = FaultyKv(ObjectKv(raw), faults)
+    return Guard(faulty, timeout_s=timeout_s, **breakers), faults, raw
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def guarded(rate, kinds, timeout_s=5.0, **options):
 def test_a_failed_write_says_why_and_is_counted(kind, reason):
     guard, faults, _ = guarded(1.0, [kind], timeout_s=0.05)
     with pytest.raises(StorageFailure, match=reason):
-        guard.write("a", b"1").result()
+        guard.write("a", [b"1"]).result()
     assert guard.counters[f"write_failed_{reason}"] == faults.injected[kind] == 1
 
 
@@ -122,11 +124,11 @@ def test_faults_are_the_same_for_the_same_seed():
 
 def test_a_torn_write_is_known_until_it_is_written_again():
     guard, faults, raw = guarded(1.0, ["torn_write"])
-    guard.write("a", b"0123456789").result()
+    guard.write("a", [b"0123456789"]).result()
     assert faults.torn == {"a"}
     assert len(raw.read("a").result().value) < 10
     faults.heal()
-    guard.write("a", b"0123456789").result()
+    guard.write("a", [b"0123456789"]).result()
     assert not faults.torn
 
 

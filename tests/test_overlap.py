@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cachedattn_jax.engine.request import Request
-from cachedattn_jax.store import disk_tier
+from cachedattn_jax.store import page_reader
 from cachedattn_jax.store.link import EmulatedLink
 from cachedattn_jax.store.placement.tier import Tier
 from tests.engines import (
@@ -30,7 +30,7 @@ def request(session_id: str, tokens, max_tokens: int = 4) -> Request:
 @pytest.fixture
 def parted_reads(monkeypatch):
     """Every layer group is a read of its own, however small."""
-    monkeypatch.setattr(disk_tier, "_LEAST_READ_BYTES", 1)
+    monkeypatch.setattr(page_reader, "_LEAST_PART_BYTES", 1)
 
 
 @pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import crc32c
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from cachedattn_jax.store.page import (
     decode_header,
     encode_page,
     group_range,
+    joined_checksum,
     object_bytes,
     page_key,
     payload_offset,
@@ -163,3 +165,9 @@ def test_sessions_share_the_keys_of_their_common_beginning_only(tokens, branch):
     assert part.after(tokens, (), len(tokens)).keys == ours
     if len(tokens) >= 4:
         assert page_key(LAYOUT.digest, b"", b"", "append", tokens[:4]) == ours[0]
+
+
+@given(st.lists(st.binary(min_size=12, max_size=12), min_size=1, max_size=40))
+def test_the_checksum_of_pieces_follows_from_theirs(pieces):
+    checksums = np.array([crc32c.crc32c(piece) for piece in pieces], np.uint32)
+    assert joined_checksum(checksums, 12) == crc32c.crc32c(b"".join(pieces))

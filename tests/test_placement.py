@@ -226,6 +226,29 @@ def test_a_pinned_session_expires_when_it_is_let_go():
     assert names(placement.expired(20.0)) == ["a"]
 
 
+def test_the_time_of_a_session_from_before_a_restart_goes_on():
+    placement = placed("lookahead", ttl_s=10.0)
+    serve(placement, "new", 1, now=100.0)
+    for session, used_at in (("late", 98.0), ("early", 95.0)):
+        placement.known(session, "")
+        placement.resized(session, Tier.DISK, 1)
+        placement.recalled(session, used_at)
+    assert names(placement.expired(105.0)) == ["early"]
+    assert names(placement.expired(109.0)) == ["late"]
+    placement.recalled("new", 0.0)  # it has had a turn since
+    assert names(placement.expired(109.9)) == []
+    assert names(placement.expired(110.0)) == ["new"]
+
+
+def test_a_session_that_is_let_go_before_its_time_holds_up_no_other():
+    placement = placed("lookahead", ttl_s=10.0)
+    serve(placement, "early", 1, now=0.0)
+    serve(placement, "late", 2, now=5.0)
+    placement.pinned("late", True)
+    placement.pinned("late", False)
+    assert names(placement.expired(10.0)) == ["early"]
+
+
 def test_a_tenant_over_its_quota_gives_up_its_own_closed_ones_first():
     placement = placed("lru", quotas={"small": 3})
     for ticket, session in enumerate("abcde"):

@@ -14,6 +14,7 @@ from cachedattn_jax.store.catalog import Catalog, SessionRecord, _encode
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.page import decode_header, encode_page, payload_offset
 from cachedattn_jax.store.page_index import is_unclaimed
+from cachedattn_jax.store.placement.placement_config import PlacementConfig
 from cachedattn_jax.store.placement.tier import Tier
 from cachedattn_jax.store.root import Root
 from tests.engines import (
@@ -162,3 +163,66 @@ def test_a_page_that_is_well_and_not_the_one_asked_for_is_refused(tmp_path, reas
     assert turn.tokens_from.cached == 0
     assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 4))
     engine.close()
+
+
+def test_a_pin_outlives_the_process_and_so_does_its_end(tmp_path):
+    options = {"disk_pages": 500, "disk_root": str(tmp_path)}
+    with make_engine(**options) as engine:
+        engine.session("early").pin()  # it has no record yet
+        ask(engine, "early", [1] * 9)
+        ask(engine, "late", [2] * 9)
+        engine.session("late").pin().result()
+        ask(engine, "late", [3] * 9)
+        ask(engine, "loose", [4] * 9)
+    with make_engine(**options) as engine:
+        finish_survey(engine)
+        pinned = {
+            s.session for s in engine.store.placement.standings.values() if s.is_pinned
+        }
+        assert pinned == {"default/early", "default/late"}
+        engine.session("late").pin(False).result()
+    with make_engine(**options) as engine:
+        assert ask(engine, "early", [5]).tokens_from.recomputed == 0
+        sessions = engine.store.sessions
+        assert sessions.is_pinned("default", "early")  # known before the survey is over
+        finish_survey(engine)
+        assert not sessions.is_pinned("default", "late")
+
+
+def test_what_the_survey_read_of_a_session_does_not_undo_what_was_said_since(tmp_path):
+    options = {"disk_pages": 500, "disk_root": str(tmp_path)}
+    with make_engine(**options) as engine:
+        ask(engine, "a", [1] * 9)
+    with make_engine(**options) as engine:
+        survey = engine.store.survey
+        assert survey is not None and survey._read is not None
+        survey._read.result()  # all records were read, and none was taken in
+        engine.session("a").pin()
+        finish_survey(engine)
+        assert engine.store.sessions.is_pinned("default", "a")
+
+
+def test_time_to_live_counts_from_the_last_turn_and_not_from_the_restart(tmp_path):
+    options = {"disk_pages": 500, "disk_root": str(tmp_path)}
+    placement = PlacementConfig(ttl_s=3600.0)
+    with make_engine(**options, placement=placement) as engine:
+        ask(engine, "old", [1] * 9)
+        ask(engine, "pinned", [2] * 9)
+        ask(engine, "new", [3] * 9)
+        engine.session("pinned").pin()
+        for name in ("old", "pinned"):
+            record = engine.store.catalog.known("default", name)
+            assert record is not None
+            aged = dataclasses.replace(record, used_at=record.used_at - 3601)
+            engine.store.catalog.commit(aged).result()
+    with make_engine(**options, placement=placement) as engine:
+        finish_survey(engine)
+        engine.store.settle()
+        left = {entry.session for entry in engine.store.index.in_tier(Tier.DISK)}
+        assert left == {"default/pinned", "default/new"}
+        turn = ask(engine, "old", [5])
+        assert turn.tokens_from.recomputed == len(turn.prompt) - 2
+        engine.session("pinned").pin(False)
+        engine.store.settle()
+        left = {entry.session for entry in engine.store.index.in_tier(Tier.DISK)}
+        assert "default/pinned" not in left

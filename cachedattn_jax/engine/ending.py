@@ -54,6 +54,9 @@ class Ending:
             num_turns=turn.turn_index + 1,
             used_at=time.time(),
             truncations=job.truncations[: job.chain.num_truncations],
+            is_pinned=self._store.sessions.is_pinned(
+                turn.request.tenant, turn.request.session_id
+            ),
             chain=job.chain,
         )
         if self._config.reuse == "cached":

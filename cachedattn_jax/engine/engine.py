@@ -193,10 +193,14 @@ class Engine:
         """
         self.store.placement.closed(session_key(tenant, session_id))
 
-    def pin(self, tenant: str, session_id: str, is_pinned: bool = True) -> None:
-        """Keeps a conversation's pages where they are, or lets them go again."""
-        session = session_key(tenant, session_id)
-        self.store.placement.pinned(session, is_pinned, tenant)
+    def pin(
+        self, tenant: str, session_id: str, is_pinned: bool = True
+    ) -> "Future[None]":
+        """Keeps a conversation's pages where they are, or lets them go again.
+
+        It lasts: the future ends when that is stored.
+        """
+        return self.store.sessions.pin(tenant, session_id, is_pinned)
 
     def run(self, requests: Iterable[Request]) -> list[Turn]:
         """Serves all requests, batched, and returns their turns in the same order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from cachedattn_jax.engine.request import Request, SamplingParams
@@ -120,9 +121,12 @@ class Session:
         """
         self._engine.close_session(self.tenant, self.session_id)
 
-    def pin(self, is_pinned: bool = True) -> None:
-        """Keeps the conversation's pages where they are, or lets them go again."""
-        self._engine.pin(self.tenant, self.session_id, is_pinned)
+    def pin(self, is_pinned: bool = True) -> Future[None]:
+        """Keeps the conversation's pages where they are, or lets them go again.
+
+        It lasts: the future ends when that is stored.
+        """
+        return self._engine.pin(self.tenant, self.session_id, is_pinned)
 
     def forget(self) -> None:
         """Deletes the conversation and its pages.

@@ -19,6 +19,7 @@ from cachedattn_jax.store.catalog import (
 )
 from cachedattn_jax.store.guard import StorageFailure
 from cachedattn_jax.store.io_config import IoConfig
+from cachedattn_jax.store.layout_file import read_layout
 from cachedattn_jax.store.object_names import (
     PAGES,
     QUARANTINE,
@@ -28,7 +29,7 @@ from cachedattn_jax.store.object_names import (
 )
 from cachedattn_jax.store.page import BadPage, PageHeader, PageKey
 from cachedattn_jax.store.record_pages import record_pages
-from cachedattn_jax.store.root import Root, read_layout
+from cachedattn_jax.store.root import Root
 from cachedattn_jax.store.salts import Salts
 
 # Objects that are read at once.

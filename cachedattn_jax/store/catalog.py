@@ -39,6 +39,7 @@ class SessionRecord:
         num_turns: finished turns.
         used_at: seconds since the epoch, of the last finished turn.
         truncations: what left the context of the model, in the order it happened.
+        is_pinned: whether its pages were to stay when the record was written.
         chain: its pages; they follow from tokens and truncations and are not stored.
     """
 
@@ -48,6 +49,7 @@ class SessionRecord:
     num_turns: int
     used_at: float
     truncations: tuple[Truncation, ...] = ()
+    is_pinned: bool = False
     chain: Chain | None = field(default=None, compare=False)
 
     @property
@@ -256,6 +258,7 @@ def _encode(record: SessionRecord) -> bytes:
             "tenant": record.tenant,
             "num_turns": record.num_turns,
             "used_at": record.used_at,
+            "is_pinned": record.is_pinned,
             "truncations": [
                 [item.at, item.dropped, item.method] for item in record.truncations
             ],

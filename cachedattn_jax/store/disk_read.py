@@ -11,6 +11,19 @@ import numpy as np
 from cachedattn_jax.store.link import Copy
 from cachedattn_jax.store.page import PageHeader
 
+# Reasons that say something about the store now and nothing about the object.
+PASSING = frozenset(
+    (
+        "timeout",
+        "io_error",
+        "permission",
+        "disk_full",
+        "breaker_open",
+        "read_failed",
+        "copy_failed",
+    )
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiskPart:

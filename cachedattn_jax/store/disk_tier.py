@@ -7,41 +7,24 @@ the worker threads of the root; results come back as futures.
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from cachedattn_jax.store import page as page_format
 from cachedattn_jax.store.disk_read import DiskPart, DiskRead
-from cachedattn_jax.store.guard import Operation, StorageFailure
+from cachedattn_jax.store.guard import StorageFailure
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.link import Copy, Link, Links
 from cachedattn_jax.store.object_names import QUARANTINE, list_pages, page_name
-from cachedattn_jax.store.page import BadPage, PageHeader, PageKey
+from cachedattn_jax.store.page import PageKey
 from cachedattn_jax.store.page_index import PageEntry, tenant_of
+from cachedattn_jax.store.page_reader import PageReader, Wanted
 from cachedattn_jax.store.root import Root
-
-# Reasons that say something about the store now and nothing about the object.
-PASSING = frozenset(
-    (
-        "timeout",
-        "io_error",
-        "permission",
-        "disk_full",
-        "breaker_open",
-        "read_failed",
-        "copy_failed",
-    )
-)
 
 _DELETE_AGAIN_S = 1.0
 # Enough to look into, and no way to fill the disk.
 _MAX_QUARANTINED = 64
-
-# A read of fewer bytes than this costs as much as one of so many: consecutive layer
-# groups of a page are read together until they have them.
-_LEAST_READ_BYTES = 256 * 1024
 
 
 class DiskTier:
@@ -142,19 +125,19 @@ class DiskTier:
 
     def read(self, entries: Sequence[PageEntry]) -> DiskRead:
         """Starts to read and verify pages, from the first layer group to the last."""
-        layout = self.layout
-        per_part = min(-(-_LEAST_READ_BYTES // layout.group_bytes), layout.num_groups)
-        wanted = [_Wanted(object_name(e), e.key, e.token_ids) for e in entries]
-        parts: list[Future[DiskPart]] = []
+        pages = [Wanted(object_name(e), e.key, e.token_ids) for e in entries]
+        reader = PageReader(self.root.kv, self.layout, self._dtype, pages)
         copies = []
-        for first in range(0, layout.num_groups, per_part):
-            groups = range(first, min(first + per_part, layout.num_groups))
-            before = parts[0] if parts else None
-            parts.append(self.root.submit(self._read, wanted, groups, before))
-            num_bytes = len(wanted) * len(groups) * layout.group_bytes
-            copies.append(_carry(self._links.disk_to_host, num_bytes, parts[-1]))
+        for number, part in enumerate(reader.parts):
+            num_groups = len(reader.groups(number))
+            num_bytes = len(pages) * num_groups * self.layout.group_bytes
+            copies.append(_carry(self._links.disk_to_host, num_bytes, part))
+        self.root.submit(reader.run)
         return DiskRead(
-            num_rows=len(wanted), groups_per_part=per_part, parts=parts, copies=copies
+            num_rows=len(pages),
+            groups_per_part=reader.groups_per_part,
+            parts=reader.parts,
+            copies=copies,
         )
 
     def _remove(self, name: str) -> "Future[None]":
@@ -173,15 +156,11 @@ class DiskTier:
     ) -> float:
         if before is not None:
             before.exception()
-        # One copy: pages are megabytes, and every pass over them shows in the rate.
-        data = bytearray(self.object_bytes)
-        shape = (self.layout.num_groups, *self.layout.group_shape)
-        start = page_format.payload_offset(self.layout)
-        payload = np.frombuffer(data, self._dtype, offset=start).reshape(shape)
-        for group, layers in enumerate(groups):
-            payload[group] = np.asarray(layers)[row]
-        page_format.seal_page(self.layout, key, token_ids, data)
-        self.root.kv.write(name, data).result()
+        # No copy: pages are megabytes, and every pass over them shows in the rate.
+        rows = [np.asarray(group)[row].reshape(-1) for group in groups]
+        layers = [row.view(np.uint8).data for row in rows]
+        header = page_format.encode_header(self.layout, key, token_ids, layers)
+        self.root.kv.write(name, [header, *layers]).result()
         return time.monotonic()
 
     def _delete(self, name: str) -> None:
@@ -197,81 +176,10 @@ class DiskTier:
         except StorageFailure:
             self._delete(name)
 
-    def _read(
-        self,
-        wanted: "Sequence[_Wanted]",
-        groups: range,
-        first_part: "Future[DiskPart] | None",
-    ) -> DiskPart:
-        """Reads some layer groups; the first part brings the headers for the others."""
-        layout = self.layout
-        headers = dict(first_part.result().headers) if first_part else {}
-        start = page_format.group_range(layout, groups[0]).start if first_part else 0
-        stop = page_format.group_range(layout, groups[-1]).stop
-        bad = dict(first_part.result().bad) if first_part else {}
-        reads = {
-            index: self.root.kv.read(page.name, slice(start, stop))
-            for index, page in enumerate(wanted)
-            if index not in bad
-        }
-        arrays = [
-            np.empty((len(wanted), *layout.group_shape), self._dtype) for _ in groups
-        ]
-        for index, read in reads.items():
-            try:
-                payload = _found(read)
-                if first_part is None:
-                    headers[index], payload = self._header(wanted[index], payload)
-                first_layer = groups[0] * layout.layers_per_group
-                num_layers = len(groups) * layout.layers_per_group
-                page_format.verify_layers(
-                    layout, headers[index], first_layer, num_layers, payload
-                )
-            except BadPage as error:
-                bad[index] = str(error)
-                if bad[index] not in PASSING:
-                    self.root.kv.count(f"corrupt_{error}")
-                continue
-            for place, array in enumerate(arrays):
-                part = payload[place * layout.group_bytes :][: layout.group_bytes]
-                array[index] = np.frombuffer(part, self._dtype).reshape(array.shape[1:])
-        return DiskPart(groups=arrays, headers=headers, bad=bad, end_s=time.monotonic())
-
-    def _header(
-        self, wanted: "_Wanted", payload: memoryview
-    ) -> tuple[PageHeader, memoryview]:
-        """The header, checked against what was asked for, and what follows it."""
-        end = page_format.payload_offset(self.layout)
-        data = bytes(payload[:end])
-        header = page_format.decode_header(self.layout, wanted.key, data)
-        expected = wanted.token_ids
-        if expected is not None and not np.array_equal(header.token_ids, expected):
-            raise BadPage("other_tokens")
-        return header, payload[end:]
-
-
-class _Wanted(NamedTuple):
-    """A page to be read; `token_ids` are those it must hold, if that is known."""
-
-    name: str
-    key: PageKey
-    token_ids: np.ndarray | None
-
 
 def object_name(entry: PageEntry) -> str:
     """Where a page lies in the root."""
     return page_name(tenant_of(entry.session), entry.key)
-
-
-def _found(read: Operation) -> memoryview:
-    """The bytes that were read; BadPage if there are none."""
-    try:
-        found = read.result()
-    except StorageFailure as failure:
-        raise BadPage(failure.reason) from failure
-    if found.state != "value":
-        raise BadPage("missing")
-    return memoryview(found.value)
 
 
 def _carry(link: Link, num_bytes: int, part: "Future[DiskPart]") -> Copy:

@@ -11,7 +11,8 @@ from itertools import islice
 import jax
 
 from cachedattn_jax.store.device_pool import DevicePool
-from cachedattn_jax.store.disk_tier import PASSING, DiskTier
+from cachedattn_jax.store.disk_read import PASSING
+from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.exits import Exits
 from cachedattn_jax.store.host_tier import HostTier
 from cachedattn_jax.store.link import Copy

@@ -8,6 +8,8 @@ import numpy as np
 import tensorstore as ts
 
 from cachedattn_jax.store.audit import Audit
+from cachedattn_jax.store.catalog import SessionRecord
+from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.page import BadPage
 
 _DIMENSIONS = ("token", "layer", "kv_head", "key_or_value", "head_dim")
@@ -32,31 +34,8 @@ def export_session(
     if output.exists():
         raise ValueError(f"{str(output)!r} exists")
     layout = audit.layout
-    rest = (layout.num_layers, layout.num_kv_heads, 2, layout.head_dim)
     yield len(audit.pages_of(record))
-    array = ts.open(
-        {
-            "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{output.absolute()}/"},
-            "metadata": {
-                "shape": [record.cached_length, *rest],
-                "data_type": "float32",
-                "dimension_names": _DIMENSIONS,
-                "chunk_grid": {
-                    "name": "regular",
-                    "configuration": {"chunk_shape": [layout.page_tokens, *rest]},
-                },
-                "attributes": {
-                    "tenant": tenant,
-                    "session_id": session_id,
-                    "token_ids": record.token_ids.tolist(),
-                    "layout": layout.describe(),
-                    "rotation": "keys by their offset inside their page",
-                },
-            },
-            "create": True,
-        }
-    ).result()
+    array = ts.open(_spec(layout, record, output)).result()
     start = 0
     try:
         for index, page in enumerate(audit.array(record, _DTYPES[layout.dtype])):
@@ -69,3 +48,30 @@ def export_session(
             f"session {session_id!r} cannot be exported: {error}; a turn of it, or"
             " closing its engine, stores what is missing"
         ) from error
+
+
+def _spec(layout: Layout, record: SessionRecord, output: Path) -> dict[str, object]:
+    """The array, as TensorStore makes it."""
+    rest = (layout.num_layers, layout.num_kv_heads, 2, layout.head_dim)
+    chunk_shape = [layout.page_tokens, *rest]
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{output.absolute()}/"},
+        "metadata": {
+            "shape": [record.cached_length, *rest],
+            "data_type": "float32",
+            "dimension_names": _DIMENSIONS,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": chunk_shape},
+            },
+            "attributes": {
+                "tenant": record.tenant,
+                "session_id": record.session_id,
+                "token_ids": record.token_ids.tolist(),
+                "layout": layout.describe(),
+                "rotation": "keys by their offset inside their page",
+            },
+        },
+        "create": True,
+    }

@@ -6,11 +6,13 @@ Knows operations and dice. What is above cannot tell these faults from real ones
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import tensorstore as ts
 
+from cachedattn_jax.store.buffers import Buffers, cut, num_bytes
 from cachedattn_jax.store.fault_config import (
     HOST_FAULTS,
     READ_FAULTS,
@@ -104,14 +106,19 @@ class Faults:
 class _Struck:
     """The future of an operation that a fault strikes when it is waited for."""
 
-    def __init__(self, work: Callable[[float | None], Any]) -> None:
+    def __init__(
+        self,
+        work: Callable[[float | None], Any],
+        cancel: Callable[[], object] = lambda: None,
+    ) -> None:
         self._work = work
+        self._cancel = cancel
 
     def result(self, timeout: float | None = None) -> Any:
         return self._work(timeout)
 
     def cancel(self) -> None:
-        pass
+        self._cancel()
 
 
 class FaultyKv:
@@ -130,7 +137,27 @@ class FaultyKv:
             return self._kv.read(key, **kwargs)
         return _Struck(lambda timeout: self._read(kind, key, timeout, kwargs))
 
-    def write(self, key: str, value: bytes | bytearray | None, **kwargs: Any) -> Any:
+    def read_parts(self, key: str, parts: Sequence[Buffers]) -> Sequence[Any]:
+        # Drawn when they are waited for: nobody waits for those behind a bad one.
+        reads = self._kv.read_parts(key, parts)
+        return [
+            _Struck(partial(self._read_part, read, buffers), read.cancel)
+            for read, buffers in zip(reads, parts, strict=True)
+        ]
+
+    def rename(self, key: str, new_key: str) -> Any:
+        def begin() -> Any:
+            return self._kv.rename(key, new_key)
+
+        kind = self._faults.draw_write()
+        if kind == "torn_write":
+            self._faults.spare(kind)
+            kind = None
+        if kind is None:
+            return begin()
+        return _Struck(lambda timeout: self._rename(kind, begin, timeout))
+
+    def write(self, key: str, value: Buffers | None, **kwargs: Any) -> Any:
         kind = self._faults.draw_write()
         if kind == "torn_write" and value is None:
             self._faults.spare(kind)
@@ -157,11 +184,38 @@ class FaultyKv:
             data = bytes(flipped)
         return ts.KvStore.ReadResult(state=found.state, value=data, stamp=found.stamp)
 
+    def _read_part(
+        self, read: Any, buffers: Buffers, timeout: float | None
+    ) -> int | None:
+        kind = self._faults.draw_read()
+        if kind is None:
+            return read.result(timeout)
+        self._fail(kind, timeout)
+        size = self._real(kind, timeout, lambda: read)
+        if kind not in ("short_read", "bit_flip"):
+            return size
+        if not size:
+            self._faults.spare(kind)
+        elif kind == "short_read":
+            return self._faults.place(size)
+        else:
+            place = self._faults.place(8 * size)
+            cut(buffers, place // 8)[0][0] ^= 1 << place % 8
+        return size
+
+    def _rename(
+        self, kind: str, begin: Callable[[], Any], timeout: float | None
+    ) -> Any:
+        if kind == "hang" and self._faults.place(2):
+            begin().result()
+        self._fail(kind, timeout)
+        return self._real(kind, timeout, begin)
+
     def _write(
         self,
         kind: str,
         key: str,
-        value: bytes | bytearray | None,
+        value: Buffers | None,
         timeout: float | None,
         kwargs: dict,
     ) -> Any:
@@ -171,10 +225,10 @@ class FaultyKv:
             self._faults.torn.discard(key)
         self._fail(kind, timeout)
         if kind == "torn_write" and value:
-            value = value[: self._faults.place(len(value))]
+            value = cut(value, 0, self._faults.place(num_bytes(value)))
         done = self._real(kind, timeout, lambda: self._kv.write(key, value, **kwargs))
         self._faults.torn.discard(key)
-        if kind == "torn_write" and done.generation:
+        if kind == "torn_write" and (done is None or done.generation):
             self._faults.torn.add(key)
         return done
 

@@ -3,15 +3,19 @@
 Knows time-outs, breakers and counters. Does not know what the objects are.
 """
 
+import errno
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import tensorstore as ts
 
 from cachedattn_jax.store.breaker import Breaker
+from cachedattn_jax.store.buffers import Buffers
+from cachedattn_jax.store.io_config import IoConfig
 
 # Listing reads whole folders; it is done at start-up and by people.
 _LIST_PATIENCE = 30
@@ -24,6 +28,13 @@ _REASONS = (
     ("PERMISSION_DENIED", "permission"),
     ("RESOURCE_EXHAUSTED", "disk_full"),
 )
+_ERRNO_REASONS = {
+    errno.EACCES: "permission",
+    errno.EPERM: "permission",
+    errno.EROFS: "permission",
+    errno.ENOSPC: "disk_full",
+    errno.EDQUOT: "disk_full",
+}
 
 
 class StorageFailure(Exception):
@@ -72,15 +83,18 @@ class Operation:
         self._breaker.succeeded()
         return found
 
+    def cancel(self) -> None:
+        """Nobody waits for it any more; it may be done all the same."""
+        if self._future is not None:
+            self._future.cancel()
+
     def _failed(self, error: Exception) -> StorageFailure:
         if isinstance(error, TimeoutError):
-            if self._future is not None:
-                self._future.cancel()
+            self.cancel()
             failure = StorageFailure("timeout", f"{self._guard.timeout_s} s")
         else:
             text = str(error).strip().splitlines()[0] if str(error) else ""
-            reason = next((r for s, r in _REASONS if s in text), "io_error")
-            failure = StorageFailure(reason, text)
+            failure = StorageFailure(_reason(error, text), text)
         if failure.reason == "torn":  # the store is well, the object is not
             self._breaker.succeeded()
         else:
@@ -122,17 +136,47 @@ class Guard:
             self, "read", self.reading, lambda: self._kv.read(key, **options)
         )
 
+    def read_parts(self, key: str, parts: Sequence[Buffers]) -> Sequence[Operation]:
+        """Starts to read the beginning of an object to where it is wanted.
+
+        Args:
+            parts: the memory for each, one after the other. After a failure it may
+                still be written to.
+
+        Returns:
+            An operation for each part, in order; its result is how many bytes there
+            were, None if there is no such object.
+        """
+        begun: list[Any] = []
+
+        def begin(index: int) -> Any:
+            if not begun:
+                begun.extend(self._kv.read_parts(key, parts))
+            return begun[index]
+
+        return [
+            Operation(self, "read", self.reading, partial(begin, index))
+            for index in range(len(parts))
+        ]
+
     def write(
-        self, key: str, value: bytes | bytearray | None, if_equal: bytes | None = None
+        self, key: str, value: Buffers | None, if_equal: bytes | None = None
     ) -> Operation:
         """Starts to write an object whole, or with None to delete it.
 
         Args:
+            value: its bytes, in pieces; they must not change any more.
             if_equal: only if the object is of this generation still.
         """
         options = {} if if_equal is None else {"if_equal": if_equal}
         return Operation(
             self, "write", self.writing, lambda: self._kv.write(key, value, **options)
+        )
+
+    def rename(self, key: str, new_key: str) -> Operation:
+        """Starts to give an object of a local folder another name."""
+        return Operation(
+            self, "write", self.writing, lambda: self._kv.rename(key, new_key)
         )
 
     def list(self, prefix: str) -> Iterable[str]:
@@ -166,3 +210,17 @@ class Guard:
                 self.counters[f"{name}_slow"] += 1
             if failure is not None:
                 self.counters[f"{name}_failed_{failure.reason}"] += 1
+
+
+def _reason(error: Exception, text: str) -> str:
+    if isinstance(error, OSError) and error.errno in _ERRNO_REASONS:
+        return _ERRNO_REASONS[error.errno]
+    return next((reason for status, reason in _REASONS if status in text), "io_error")
+
+
+def guarded(kv: Any, io: IoConfig) -> Guard:
+    """A store under the time-out and with the breakers of a configuration."""
+    reading, writing = (
+        Breaker(io.breaker_failures, io.breaker_rest_s) for _ in range(2)
+    )
+    return Guard(kv, timeout_s=io.timeout_s, reading=reading, writing=writing)

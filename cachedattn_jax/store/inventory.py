@@ -1,5 +1,6 @@
 """What lies in a root, made known to the index. Knows names; reads no page."""
 
+import time
 import urllib.parse
 
 from cachedattn_jax.store.catalog import SessionRecord, session_key
@@ -38,6 +39,15 @@ class Inventory:
                 self._index.placement.known(owner, urllib.parse.unquote(tenant))
             self._place(key, owner)
             self._index.placement.closed(owner)
+
+    def recall(self, record: SessionRecord) -> None:
+        """A session comes back from the root: its pin and its time to live go on."""
+        placement = self._index.placement
+        session = session_key(record.tenant, record.session_id)
+        idle_s = max(0.0, time.time() - record.used_at)
+        placement.known(session, record.tenant)
+        placement.recalled(session, time.monotonic() - idle_s)
+        placement.pinned(session, record.is_pinned, record.tenant)
 
     def presume(self, record: SessionRecord) -> None:
         """Takes the pages of a record that another replica may have written as stored.

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING
 
 from cachedattn_jax.store.page import PageKey
-from cachedattn_jax.store.root import Root
+
+if TYPE_CHECKING:
+    from cachedattn_jax.store.root import Root
 
 PAGES = "pages/"
 QUARANTINE = "quarantine/"
@@ -13,7 +16,7 @@ SESSIONS = "sessions/"
 _KEY_LETTERS = frozenset("0123456789abcdef/")
 
 
-def list_pages(root: Root) -> list[tuple[str, PageKey]]:
+def list_pages(root: "Root") -> list[tuple[str, PageKey]]:
     """(tenant, key) of every page object of a root; what is no page is passed over.
 
     Tenants are quoted, as in names of sessions.
@@ -33,7 +36,9 @@ def page_name(tenant: str, key: PageKey) -> str:
     return f"{PAGES}{tenant}/{name[:2]}/{name[2:]}"
 
 
-def remove_folders(root: Root, tenant: str, after: Sequence[Future[None]] = ()) -> None:
+def remove_folders(
+    root: "Root", tenant: str, after: Sequence[Future[None]] = ()
+) -> None:
     """Deletes every object of a tenant, whose name is quoted.
 
     Args:

@@ -97,7 +97,8 @@ class RecordWriter:
         if data is not None and (name in self._attempts or is_first_of_shared):
             self._learn_generation(name)
         expected = None if data is None else self.generations.get(name)
-        stamp = self._root.kv.write(name, data, expected).result()
+        value = None if data is None else [data]
+        stamp = self._root.kv.write(name, value, expected).result()
         if expected is not None and not stamp.generation:
             self._learn_generation(name)
             return False

@@ -75,6 +75,27 @@ class Sessions:
         truncations = (*record.truncations, new)
         self._catalog.commit(replace(record, truncations=truncations, chain=None))
 
+    def pin(self, tenant: str, session_id: str, is_pinned: bool) -> "Future[None]":
+        """Keeps a session's pages where they are, or lets them go again.
+
+        The future ends when that is stored; a session without a record has it with its
+        first.
+
+        Raises:
+            StorageFailure: the record is stored and cannot be read now.
+        """
+        record = self._catalog.find(tenant, session_id)
+        session = session_key(tenant, session_id)
+        self._placement.pinned(session, is_pinned, tenant)
+        if record is None or record.is_pinned == is_pinned:
+            return done_already()
+        return self._catalog.commit(replace(record, is_pinned=is_pinned))
+
+    def is_pinned(self, tenant: str, session_id: str) -> bool:
+        """Whether a session's pages stay where they are."""
+        standing = self._placement.standings.get(session_key(tenant, session_id))
+        return standing is not None and standing.is_pinned
+
     def forget(self, tenant: str, session_id: str) -> "Future[None]":
         """Forgets a session's record and the pages it answers for; none may be held.
 

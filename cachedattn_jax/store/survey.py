@@ -5,10 +5,12 @@ Knows records and the keys that follow from them. Does not know when pages are u
 
 from collections import Counter, deque
 from concurrent.futures import Future
+from dataclasses import replace
 
-from cachedattn_jax.store.catalog import session_key
+from cachedattn_jax.store.catalog import Catalog, SessionRecord, session_key
 from cachedattn_jax.store.exits import Exits
 from cachedattn_jax.store.guard import StorageFailure
+from cachedattn_jax.store.inventory import Inventory
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.page import PageKey
 from cachedattn_jax.store.page_index import PageIndex, is_unclaimed
@@ -32,7 +34,8 @@ class Survey:
         root: Root,
         layout: Layout,
         salts: Salts,
-        sessions: list[tuple[str, str]],
+        catalog: Catalog,
+        inventory: Inventory,
         index: PageIndex,
         exits: Exits,
         counters: Counter[str],
@@ -40,11 +43,13 @@ class Survey:
         self._root = root
         self._layout = layout
         self._salts = salts
-        self._sessions = sessions
+        self._catalog = catalog
+        self._inventory = inventory
+        self._sessions = catalog.sessions()
         self._index = index
         self._exits = exits
         self._counters = counters
-        self._found: deque[tuple[str, str, list[PageKey]]] = deque()
+        self._found: deque[tuple[SessionRecord, list[PageKey]]] = deque()
         self._read: Future[bool] | None = root.submit_chore(self._read_all)
 
     @property
@@ -73,20 +78,23 @@ class Survey:
     def _read_all(self) -> bool:
         """Whether every record could be read."""
         try:
-            for (tenant, session_id), record in read_records(
-                self._root, self._sessions
-            ):
+            for _, record in read_records(self._root, self._sessions):
                 if record is not None:
                     keys = record_pages(self._layout, self._salts, record)
-                    name = session_key(tenant, session_id)
-                    self._found.append((name, tenant, keys))
+                    # Its tokens have told all they can, and there may be millions.
+                    brief = replace(record, token_ids=record.token_ids[:0].copy())
+                    self._found.append((brief, keys))
         except StorageFailure:
             self._root.kv.count("surveys_given_up")
             return False
         return True
 
-    def _claim(self, session: str, tenant: str, keys: list[PageKey]) -> None:
-        self._index.placement.known(session, tenant)
+    def _claim(self, record: SessionRecord, keys: list[PageKey]) -> None:
+        session = session_key(record.tenant, record.session_id)
+        self._index.placement.known(session, record.tenant)
+        # One that is in memory was taken in already, and may have changed since.
+        if self._catalog.known(record.tenant, record.session_id) is None:
+            self._inventory.recall(record)
         for key in keys:
             entry = self._index.find(key)
             if entry is not None and is_unclaimed(entry.session):

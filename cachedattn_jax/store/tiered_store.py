@@ -73,7 +73,7 @@ class TieredStore:
         self.root = open_root(config, layout, self.salts, self.faults)
         dtype = np.dtype(self.pool.dtype)
         self.disk = open_disk(config, self.root, layout, dtype, self.links)
-        self.catalog = Catalog(self.root, self._presume)
+        self.catalog = Catalog(self.root, self._recall)
         self.placement = Placement(
             config.placement,
             host_bytes=config.num_host_bytes,
@@ -141,7 +141,8 @@ class TieredStore:
             self.index, self.pool, self.host, self.disk, self._evictor, self.counters
         )
 
-    def _presume(self, record: SessionRecord) -> None:
+    def _recall(self, record: SessionRecord) -> None:
+        self._inventory.recall(record)
         self._inventory.presume(record)
 
     def _begin_survey(self) -> Survey | None:
@@ -151,7 +152,8 @@ class TieredStore:
             self.root,
             self.layout,
             self.salts,
-            self.catalog.sessions(),
+            self.catalog,
+            self._inventory,
             self.index,
             self._exits,
             self.counters,

@@ -55,7 +55,7 @@ class Orders:
             for tier in standing.num_bytes:
                 order.entered(standing, tier)
 
-    def mark(self, standing: Standing, **marks: bool) -> None:
+    def mark(self, standing: Standing, **marks: bool | float) -> None:
         """Sets marks of a session, and puts it where it stands then."""
         self.withdraw(standing)
         for name, value in marks.items():

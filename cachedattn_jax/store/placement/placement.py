@@ -60,6 +60,13 @@ class Placement:
         """A session of the tenant has pages here, or will have."""
         self._standing(session, tenant)
 
+    def recalled(self, session: Session, used_at: float) -> None:
+        """A known session's last turn ended then, before this process had any."""
+        standing = self.standings[session]
+        if standing.is_idle and not standing.num_turns:
+            self._orders.mark(standing, used_at=used_at)
+            self._rests.resume(standing)
+
     def queued(
         self, session: Session, ticket: int, now: float, tenant: str = ""
     ) -> None:

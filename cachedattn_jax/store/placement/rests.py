@@ -1,6 +1,6 @@
 """Time to live: since when sessions are idle. Knows no bytes."""
 
-from collections import OrderedDict
+from sortedcontainers import SortedList
 
 from cachedattn_jax.store.placement.standing import Standing
 
@@ -14,30 +14,33 @@ class Rests:
 
     def __init__(self, ttl_s: float | None) -> None:
         self._ttl_s = ttl_s
-        self._since: OrderedDict[Standing, float] = OrderedDict()
+        self._since: dict[Standing, float] = {}
+        # Of (since, born, standing).
+        self._order = SortedList()
 
     def begin(self, standing: Standing, now: float) -> None:
         if self._ttl_s is not None:
+            self.end(standing)
             self._since[standing] = now
+            self._order.add((now, standing.born, standing))
 
     def end(self, standing: Standing) -> None:
-        self._since.pop(standing, None)
+        since = self._since.pop(standing, None)
+        if since is not None:
+            self._order.remove((since, standing.born, standing))
 
     def resume(self, standing: Standing) -> None:
-        """A session's time goes on that was over while it could not go."""
-        if self._ttl_s is not None:
-            self._since.setdefault(standing, standing.used_at)
-            self._since.move_to_end(standing, last=False)
+        """A session's time goes on since its last turn, if it does not run already."""
+        if standing not in self._since:
+            self.begin(standing, standing.used_at)
 
     def expired(self, now: float) -> list[Standing]:
         """Those whose time is over, each told once."""
         found: list[Standing] = []
         if self._ttl_s is None:
             return found
-        while self._since:
-            standing, since = next(iter(self._since.items()))
-            if since + self._ttl_s > now:
-                break
+        while self._order and self._order[0][0] + self._ttl_s <= now:
+            _, _, standing = self._order.pop(0)
             del self._since[standing]
             found.append(standing)
         return found
