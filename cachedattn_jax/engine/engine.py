@@ -219,7 +219,8 @@ class Engine:
         Args:
             progress: called with what is compiled, how many are done, and of how many.
         """
-        warm_up(self._prefill, self._decode, self.store.pool, progress)
+        pinned = self.store.config.num_pinned_bytes
+        warm_up(self._prefill, self._decode, self.store.pool, pinned, progress)
         if self.config.reuse == "cached" and self.config.loading == "auto":
             self.calibrate()
 

@@ -147,12 +147,12 @@ class Job:
         """Lets the cost model learn from the prefill, whose events were noted."""
         assert self.prefill is not None
         inbound, cached = self.lease.inbound, self.lease.cached_tokens
-        for copy in inbound.reads:
-            start, end = copy.span
-            cost_model.observe_load("disk", copy.num_bytes, end - start)
-        for copy in inbound.puts:
-            start, end = copy.span
-            cost_model.observe_load("host", copy.num_bytes, end - start)
+        for tier, copies in (("disk", inbound.reads), ("host", inbound.unhindered)):
+            num_bytes = sum(copy.num_bytes for copy in copies)
+            seconds = busy_s(copy.span for copy in copies)
+            cost_model.observe_load(tier, num_bytes, seconds, len(copies))
+        if self.decision.choice == "recompute":
+            cost_model.observe_no_load()
         if not inbound.loads:
             ((start, end),) = _in_order(self.prefill.computes)
             cost_model.observe_prefill(self.prefill.num_tokens, cached, end - start)

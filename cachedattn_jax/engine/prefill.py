@@ -23,10 +23,14 @@ from cachedattn_jax.store.device_pool import DevicePool
 from cachedattn_jax.store.inbound import Inbound
 from cachedattn_jax.store.watcher import Watcher
 from pallas_kernels.backends import DEFAULT_KERNELS, Kernels
+from pallas_kernels.prefill_attention import FRESH_TOKENS
 from pallas_kernels.rope import RopeTables
 
 _group = jax.jit(
-    prefill_group, static_argnums=0, static_argnames="kernels", donate_argnums=3
+    prefill_group,
+    static_argnums=0,
+    static_argnames=("has_history", "kernels"),
+    donate_argnums=3,
 )
 _embed = jax.jit(embed, static_argnums=0)
 
@@ -37,6 +41,14 @@ def _first_token(config, params, last_tokens, x, last, seat, sampling, position)
     logits = unembed(config, params, jax.lax.dynamic_index_in_dim(x[0], last))
     sampled = sample(logits, sampling, position)
     return last_tokens.at[seat].set(sampled.token_ids, mode="drop"), sampled
+
+
+def has_history(num_tokens: int, start: int) -> bool:
+    """Whether a chunk goes through the program that reads what is before it.
+
+    All short ones do: it would not pay to compile another.
+    """
+    return num_tokens < FRESH_TOKENS or start > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +187,7 @@ class Prefill:
             step.starts,
             step.lengths,
             self._rope,
+            has_history=has_history(step.x.shape[1], int(step.starts[0])),
             kernels=self._kernels,
         )
 
