@@ -14,6 +14,7 @@ paper: -35 % with an empty buffer, -61 % with 15 of 40 layers).
 """
 
 import functools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from cachedattn_jax.run_directory import Claim, RunDirectory
 from cachedattn_jax.store.budget import StoreConfig
 from cachedattn_jax.store.link import EmulatedLink
 from experiments.bench import repeat
+from experiments.deadline import Deadline
 from experiments.device_ceilings import pinned_rate
 from experiments.preload_bench import AUTO, NO_PRELOAD, PreloadBench
 from experiments.report import write_report
@@ -63,6 +65,7 @@ def run(
     other_order: str | None = None,
     repeats: int = 11,
     seed: int = 0,
+    seconds: float = math.inf,
 ) -> dict[str, object]:
     """Measures every depth of the read buffer at every ratio of load to compute.
 
@@ -73,7 +76,9 @@ def run(
         window: of the model, if not the preset's.
         depths: sizes of the read buffer, in layer groups.
         other_order: an `EngineConfig.put_order` that every depth is measured with, too.
+        seconds: that it may take; what would take longer is left out.
     """
+    deadline = Deadline(seconds)
     overrides = {} if window is None else {"window": window}
     config = preset(model, dtype=dtype, **overrides)
     buffers = [*[f"d = {depth}" for depth in depths], AUTO]
@@ -84,7 +89,7 @@ def run(
         config, init_params(config, seed), engine, modes, history, new, store, seed
     )
     try:
-        rows, figures = _measure(bench, modes, ratios, repeats)
+        rows, figures = _measure(bench, modes, ratios, repeats, deadline)
         served = bench.engines[AUTO]
         run_directory.write_timeline(served.timeline.chrome_trace())
         figures["One turn, layer group by layer group"] = draw_turn(
@@ -98,6 +103,7 @@ def run(
         "new_tokens": new,
         "layer_groups": bench.num_groups,
         "rows": rows,
+        "left_out": deadline.left_out,
         "claims": _claims(rows) + _order_claims(rows, other_order),
     }
     if not ratios:
@@ -123,12 +129,14 @@ def _measure(
     modes: Sequence[str],
     ratios: Sequence[float],
     repeats: int,
+    deadline: Deadline,
 ) -> tuple[list[dict], dict[str, Figure]]:
     """A row for every mode and ratio; medians over the repeats."""
     compute = repeat(
         {"compute": lambda: bench.turn("all", None).prefill_s or 0.0},
         repeats,
         "computing alone",
+        deadline,
     )["compute"]
     compute_s = statistics.median(compute)
     rows = []
@@ -156,7 +164,7 @@ def _measure(
         }
         trials["all"] = lambda: bench.turn("all", None).prefill_s or 0.0
         what = "real link" if ratio is None else f"load {ratio:g} x compute"
-        walls = repeat(trials, repeats, what)
+        walls = repeat(trials, repeats, what, deadline)
         # Where nothing overlaps, what it takes is the load alone.
         load_s = statistics.median(d.load_s for d in details[NO_PRELOAD][1:])
         if ratio is not None:

@@ -3,6 +3,8 @@
 Knows what cuDNN can be asked through jax. Does not know how it computes.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
@@ -22,7 +24,7 @@ def prefill(
     window: int | None = None,
     soft_cap: float | None = None,
     blocks: Blocks = DEFAULT_BLOCKS,
-    implementation: str = "cudnn",
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "batch new_tokens heads head_dim"]:
     """`prefill_attention` of tokens that have no history.
 

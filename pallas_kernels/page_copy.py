@@ -56,9 +56,7 @@ def extract_pages(
     return pool.at[slots].get(mode="clip")
 
 
-def _distinct(
-    slots: Int[Array, "*shape"], num_slots: int
-) -> Int[Array, "*shape"]:
+def _distinct(slots: Int[Array, "*shape"], num_slots: int) -> Int[Array, "*shape"]:
     """Slots of which those past the pool differ, too.
 
     Told that no two writes meet, XLA for CUDA writes whole vectors; else it writes

@@ -92,7 +92,9 @@ def prefill_attention(
                 *arguments, **options, interpret=interpret
             )
         case "cudnn":
-            require(not has_history, "cudnn", "a history: its causal mask has no offset")
+            require(
+                not has_history, "cudnn", "a history: its causal mask has no offset"
+            )
             return cudnn_attention.prefill(
                 query, pool, page_tables, lengths, rope, **options
             )

@@ -23,8 +23,8 @@ _WEIGHT = 0.2
 # that one moves it by 1.4 at most: turns are delayed now and then by what is not ours.
 _OUTLIER = 5.0
 # How far an estimate of a link goes back to what was measured, for every turn that
-# loads nothing. A link that only seems slow is tried again after tens of turns; one
-# that is 20 times slower is tried in one of ten.
+# loads nothing. A link that only seemed slow is tried again after tens of turns; one
+# that became slow is tried by one turn in five, with a page or two.
 _DOUBT = 1 / 64
 # Below this, a copy measures the latency and not the bandwidth.
 _LEAST_BYTES = 64 * 1024

@@ -6,7 +6,7 @@ Knows arrays and slots. Does not know which page a slot holds.
 import functools
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,8 @@ class DevicePool:
     @property
     def is_idle(self) -> bool:
         """Whether every program on the arrays has ended."""
-        return not self.is_lost and all(array.is_ready() for array in self.arrays)
+        arrays: list[Any] = self.arrays  # jax's stubs do not know `is_ready`
+        return not self.is_lost and all(array.is_ready() for array in arrays)
 
     @property
     def num_free(self) -> int:
