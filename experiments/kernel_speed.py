@@ -116,12 +116,11 @@ def _claims(rows, errors, ceilings) -> list[Claim]:
     decode = _best(rows, "decode", [CLAIM_BATCH, CLAIM_TOKENS], "bytes_s")
     prefill = _best(rows, "prefill", [1, CLAIM_TOKENS, 0], "flops_s")
     worst: dict[str, float] = {}
-    library = [e["ratio"] for e in errors if e["backend"] == CONTIGUOUS]
-    for error in errors:
-        if "ratio" in error and error["backend"] != CONTIGUOUS:
-            name = error["operation"]
-            worst[name] = max(worst.get(name, 0.0), error["ratio"])
-    prefill_error = worst.get("prefill")
+    for error in [error for error in errors if "ratio" in error]:
+        library = "library " if error["backend"] == CONTIGUOUS else ""
+        name = library + error["operation"]
+        worst[name] = max(worst.get(name, 0.0), error["ratio"])
+    ours, library_error = worst.get("prefill"), worst.get("library prefill")
     return [
         Claim(
             name="decode_share_of_copy",
@@ -144,7 +143,7 @@ def _claims(rows, errors, ceilings) -> list[Claim]:
         ],
         Claim(
             name="prefill_error_over_that_of_cudnn_without_pages",
-            value=prefill_error / max(library) if library and prefill_error else None,
+            value=ours / library_error if ours and library_error else None,
             target=1.1,
             comparison="<=",
         ),
