@@ -160,16 +160,20 @@ class Prefill:
     def _chunks(self, segment: Segment) -> Iterator[Chunk]:
         token_ids, start = segment.token_ids, segment.start
         table = segment.page_table[None].copy()
+        sharding = self._pool.device_sharding
         for num_tokens, size in plan_chunks(len(token_ids), self.chunk_tokens):
             chunk = np.zeros((1, size), np.int32)
             chunk[0, :num_tokens] = token_ids[:num_tokens]
             token_ids = token_ids[num_tokens:]
+            ends = (
+                np.asarray([start], np.int32),
+                np.asarray([start + num_tokens], np.int32),
+            )
             yield Chunk(
                 num_tokens=num_tokens,
                 x=_embed(self._config, self._ends, chunk),
-                page_tables=table,
-                starts=np.asarray([start], np.int32),
-                lengths=np.asarray([start + num_tokens], np.int32),
+                start=start,
+                where=jax.device_put((table, *ends), sharding),
             )
             start += num_tokens
 
@@ -183,11 +187,9 @@ class Prefill:
             self._groups[group],
             step.x,
             self._pool.arrays[group],
-            step.page_tables,
-            step.starts,
-            step.lengths,
+            *step.where,
             self._rope,
-            has_history=has_history(step.x.shape[1], int(step.starts[0])),
+            has_history=has_history(step.x.shape[1], step.start),
             kernels=self._kernels,
         )
 
@@ -209,7 +211,9 @@ class Prefill:
             last_tokens with the sampled token at `seat`, and what was sampled.
         """
         chunk = run.chunks[-1]
-        return _first_token(
+        if position is None:
+            position = chunk.start + chunk.num_tokens
+        last_tokens, sampled = _first_token(
             self._config,
             self._ends,
             last_tokens,
@@ -217,5 +221,7 @@ class Prefill:
             np.int32(chunk.num_tokens - 1),
             np.asarray([seat], np.int32),
             sampling,
-            chunk.lengths if position is None else np.asarray([position], np.int32),
+            np.asarray([position], np.int32),
         )
+        sampled.send()
+        return last_tokens, sampled
