@@ -90,7 +90,8 @@ def _decode_error(config, page_tokens, backend, interpret, seed) -> dict:
     )
     output = np.asarray(jax.jit(attend)(query, pool, tables, lengths, rope), np.float64)
     last = np.full(batch, context - 1)
-    return _ratio(*_against_float64(config, query, pool, tables, output, last))
+    contexts = _contexts(config, pool, tables)
+    return _ratio(*_against_float64(config, query, contexts, output, last))
 
 
 def _prefill_error(config, page_tokens, backend, interpret, seed) -> dict:
@@ -129,13 +130,13 @@ def _error_of_new(
         attend = functools.partial(_without_pages, config, history, interpret)
     output = jax.jit(attend)(query, pool, tables, starts, lengths, rope)
     output = np.asarray(output, np.float64)
-    places = [*range(0, new - 1, every), new - 1]
+    contexts = _contexts(config, pool, tables)
+    query, places = np.asarray(query), [*range(0, new - 1, every), new - 1]
     parts = [
         _against_float64(
             config,
             query[:, place],
-            pool,
-            tables,
+            contexts,
             output[:, place],
             np.full(batch, history + place),
         )
@@ -179,25 +180,32 @@ def _without_pages(
         raise NotImplementedError(f"cuDNN: {error}") from error
 
 
-def _against_float64(
-    config, query, pool, tables, output, positions
-) -> tuple[float, float]:
+def _contexts(config, pool, tables) -> list[tuple[np.ndarray, ...]]:
+    """Of each sequence, keys at their positions and values in float64, then both
+    rounded to bfloat16; [kv_heads, tokens, head_dim] each.
+    """
+    page_tokens, found = pool.shape[4], []
+    for table in tables:
+        pages = np.asarray(pool[table, 0], np.float64)
+        kv = np.moveaxis(pages, 0, 2)
+        kv = kv.reshape(config.num_kv_heads, 2, -1, config.head_dim)
+        places = np.arange(kv.shape[2])
+        keys = _rotate(config, kv[:, 0], places - places % page_tokens)
+        found.append((keys, kv[:, 1], _rounded(keys), _rounded(kv[:, 1])))
+    return found
+
+
+def _against_float64(config, query, contexts, output, positions) -> tuple[float, float]:
     """Errors of one query a sequence, which sees keys 0..position, and those of
     attention with rotated keys in bfloat16.
     """
     ours, ordinary = [], []
-    page_tokens = pool.shape[4]
     for row, position in enumerate(positions):
-        pages = np.asarray(pool[tables[row], 0], np.float64)
-        kv = np.moveaxis(pages, 0, 2)
-        kv = kv.reshape(config.num_kv_heads, 2, -1, config.head_dim)
-        kv = kv[:, :, : position + 1]
-        places = np.arange(position + 1)
-        keys = _rotate(config, kv[:, 0], places - places % page_tokens)
+        seen = [x[:, : position + 1] for x in contexts[row]]
         queries = np.asarray(query[row], np.float64)
         queries = _rotate(config, queries[:, None], np.array([position]))[:, 0]
-        exact = _softmax_mean(queries, keys, kv[:, 1])
-        rounded = _softmax_mean(*map(_rounded, (queries, keys, kv[:, 1])))
+        exact = _softmax_mean(queries, *seen[:2])
+        rounded = _softmax_mean(_rounded(queries), *seen[2:])
         scale = np.abs(exact).max(-1)
         ours.append(np.abs(output[row] - exact).max(-1) / scale)
         ordinary.append(np.abs(_rounded(rounded) - exact).max(-1) / scale)
@@ -218,7 +226,7 @@ def _rotate(config, x, positions):
 
 
 def _softmax_mean(queries, keys, values):
-    """[heads, head_dim] of attention in float64; weights are rounded like inputs."""
+    """[heads, head_dim] of attention in float64, whose weights are not rounded."""
     groups = queries.reshape(len(keys), -1, queries.shape[-1])
     score = np.einsum("kgd,ktd->kgt", groups, keys) / np.sqrt(queries.shape[-1])
     weight = np.exp(score - score.max(-1, keepdims=True))

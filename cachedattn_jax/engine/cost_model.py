@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from cachedattn_jax.engine.chunks import CALL_TOKENS
 from cachedattn_jax.engine.cost_constants import ChunkCost, Constants, Link
 from cachedattn_jax.engine.decision import Decision, best_decision
 from cachedattn_jax.engine.pipeline import equal_groups_finish_s, read_buffer_groups
@@ -39,6 +40,7 @@ class CostModel:
         page_bytes: bytes of a page, all layer groups.
         num_groups: layer groups, which are copied one by one.
         chunk_sizes: sizes of the compiled prefill programs, in tokens.
+        call_tokens: see `plan_chunks`.
 
     Raises:
         ValueError: a number is below 1, or a program size was not measured.
@@ -52,6 +54,7 @@ class CostModel:
         page_bytes: int,
         num_groups: int,
         chunk_sizes: tuple[int, ...],
+        call_tokens: int = CALL_TOKENS,
     ) -> None:
         if min(page_tokens, page_bytes, num_groups, *chunk_sizes) < 1:
             raise ValueError("pages, groups and programs must have at least 1 of each")
@@ -59,6 +62,7 @@ class CostModel:
         self._page_bytes = page_bytes
         self._num_groups = num_groups
         self._chunk_sizes = chunk_sizes
+        self._call_tokens = call_tokens
         self._constants: Constants | None = None
         self._prefill_factor = 1.0
         self._link_factors = {"host_to_device": 1.0, "disk_read": 1.0}
@@ -68,7 +72,9 @@ class CostModel:
 
     def calibrate(self, constants: Constants) -> None:
         """Starts anew from measured constants."""
-        self._prefill_cost = PrefillCost(constants.prefill, self._chunk_sizes)
+        self._prefill_cost = PrefillCost(
+            constants.prefill, self._chunk_sizes, self._call_tokens
+        )
         self._prefill_factor, self._constants = 1.0, constants
         self._link_factors = dict.fromkeys(self._link_factors, 1.0)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from cachedattn_jax.engine.chunks import plan_chunks
+from cachedattn_jax.engine.chunks import CALL_TOKENS, plan_chunks
 from cachedattn_jax.engine.prefill_run import Chunk, PrefillRun
 from cachedattn_jax.engine.rewrite import Rewrite
 from cachedattn_jax.engine.sampling import Sampled, SamplingBatch, sample
@@ -73,6 +73,7 @@ class Prefill:
 
     Args:
         chunk_tokens: sizes of the compiled programs, in tokens.
+        call_tokens: see `plan_chunks`.
         puts_first: whether a group's copy is started before or after the compute of the
             group it overlaps. CUDA: before, since a buffer allocated later waits for
             the compute. TPU: after, since the copy would delay the compute.
@@ -87,6 +88,7 @@ class Prefill:
         pool: DevicePool,
         *,
         chunk_tokens: tuple[int, ...],
+        call_tokens: int = CALL_TOKENS,
         puts_first: bool,
         watcher: Watcher,
         kernels: Kernels = DEFAULT_KERNELS,
@@ -101,6 +103,7 @@ class Prefill:
         self._rope = rope
         self._pool = pool
         self.chunk_tokens = chunk_tokens
+        self._call_tokens = call_tokens
         self.puts_first = puts_first
         self.watcher = watcher
         self._kernels = kernels
@@ -161,7 +164,9 @@ class Prefill:
         token_ids, start = segment.token_ids, segment.start
         table = segment.page_table[None].copy()
         sharding = self._pool.device_sharding
-        for num_tokens, size in plan_chunks(len(token_ids), self.chunk_tokens):
+        for num_tokens, size in plan_chunks(
+            len(token_ids), self.chunk_tokens, self._call_tokens
+        ):
             chunk = np.zeros((1, size), np.int32)
             chunk[0, :num_tokens] = token_ids[:num_tokens]
             token_ids = token_ids[num_tokens:]
