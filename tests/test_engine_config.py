@@ -9,9 +9,16 @@ from cachedattn_jax.engine.engine_config import EngineConfig, Sizes
 
 def test_sizes_that_are_given_stay_on_every_platform():
     given = EngineConfig(page_tokens=32, layers_per_group=3, chunk_tokens=(8, 100))
-    sizes = Sizes(page_tokens=32, layers_per_group=3, chunk_tokens=(8, 100))
     for platform in ("cpu", "gpu", "tpu"):
-        assert given.sizes(platform, 12) == sizes
+        sizes = given.sizes(platform, 12)
+        calls = sizes.call_tokens
+        assert sizes == Sizes(
+            page_tokens=32,
+            layers_per_group=3,
+            chunk_tokens=(8, 100),
+            call_tokens=calls,
+        )
+        assert (calls > 100) == (platform != "cpu")
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
