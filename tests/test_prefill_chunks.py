@@ -37,7 +37,7 @@ def test_where_a_call_costs_much_there_are_fewer_of_them():
     for num_tokens, cheap, dear in (
         (524, 2, 2),
         (870, 4, 2),
-        (1600, 5, 1),
+        (1600, 4, 1),
         (100, 1, 1),
     ):
         assert len(plan_chunks(num_tokens, sizes, call_tokens=28)) == cheap
