@@ -79,6 +79,8 @@ def run(
     def trial(mode: str, num_tokens: int, link: EmulatedLink | None) -> float:
         served = engines[mode]
         served.store.saver.drain()
+        for index in range(num_turns):  # what an earlier trial left is no part of it
+            served.forget("default", f"s{index}")
         served.store.links.emulate(link, None)
         messages = [noise(rng, num_tokens, config.vocab_size) for _ in range(num_turns)]
         started = time.monotonic()
