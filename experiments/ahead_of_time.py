@@ -110,7 +110,7 @@ def compile_tpu(only: str | None) -> Iterator[Row]:
     """Compiles for TPUs with libtpu; no TPU is touched."""
     from jax.experimental.topologies import get_topology_desc
 
-    from experiments.programs import mesh_of
+    from experiments.shapes import mesh_of
     from pallas_kernels.backends import Kernels
 
     kernels = Kernels(prefill="mosaic_tpu", decode="mosaic_tpu")
@@ -130,8 +130,8 @@ def compile_cuda(only: str | None) -> Iterator[Row]:
     """Compiles for one H200 with XLA, Triton and ptxas; no GPU is touched."""
     from jax.experimental.topologies import get_topology_desc
 
-    from experiments.programs import mesh_of
     from experiments.ptxas import kernel_reports
+    from experiments.shapes import mesh_of
     from pallas_kernels.backends import Kernels
 
     topology = get_topology_desc(
@@ -164,7 +164,8 @@ def compile_cuda(only: str | None) -> Iterator[Row]:
 
 
 def _programs(model: str, meshes: "tuple[Mesh, Mesh]", kernels) -> "Iterator[Program]":
-    from experiments.programs import kernel_programs, model_programs, shapes
+    from experiments.programs import kernel_programs, model_programs
+    from experiments.shapes import shapes
 
     one, all_devices = meshes
     if model != "llama-2-70b":  # its kernels are those of llama-3-8b

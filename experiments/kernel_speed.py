@@ -44,6 +44,7 @@ def run(
     decode_cases: Sequence[tuple[int, int]] = ((16, 8192),),
     prefill_cases: Sequence[tuple[int, int, int]] = ((1, 8192, 0),),
     interpret: bool = False,
+    is_checked: bool = True,
     copy_bytes: int = 4 << 30,
     product_size: int = 8192,
     seed: int = 0,
@@ -58,6 +59,7 @@ def run(
         decode_cases: (batch, context tokens).
         prefill_cases: (batch, new tokens, tokens of history before them).
         interpret: run Pallas kernels in their interpreter, to try the experiment out.
+        is_checked: whether errors are measured, too.
         copy_bytes, product_size: size of the array copied and of the square matrices
             multiplied to find the ceilings.
         seconds: that it may take; what would take longer is left out.
@@ -79,9 +81,10 @@ def run(
     ]
     ours = [backend for backend in backends if backend != CONTIGUOUS]
     errors = []
-    for config in [preset(model, dtype="bfloat16") for model in models]:
+    for config in [preset(m, dtype="bfloat16") for m in models if is_checked]:
         errors += decode_errors(config, ours, page_tokens, interpret, seed)
-        errors += prefill_errors(config, backends, page_tokens, interpret, seed)
+        both = (*ours, CONTIGUOUS)
+        errors += prefill_errors(config, both, page_tokens, interpret, seed)
     for config, size, backend, kind, case in deadline.over(
         track(todo, "timing", console=console)
     ):

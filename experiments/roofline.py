@@ -85,7 +85,8 @@ def rows() -> Iterator[Row]:
     from jax.experimental.topologies import get_topology_desc
 
     from experiments.hlo import device_bytes
-    from experiments.programs import kernel_programs, mesh_of, model_programs, shapes
+    from experiments.programs import kernel_programs, model_programs
+    from experiments.shapes import mesh_of, shapes
     from pallas_kernels.backends import Kernels
 
     devices = get_topology_desc("v5p:2x2x1", platform="tpu").devices

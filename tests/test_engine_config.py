@@ -26,13 +26,13 @@ def test_sizes_that_are_given_stay_on_every_platform():
 def test_automatic_groups_divide_every_model(platform, num_layers):
     sizes = EngineConfig().sizes(platform, num_layers)
     assert num_layers % sizes.layers_per_group == 0
-    assert sizes.layers_per_group <= 4
+    assert sizes.layers_per_group <= 8
     assert sizes.page_tokens == (16 if platform == "cpu" else 64)
 
 
 def test_one_automatic_size_leaves_the_others():
     sizes = EngineConfig(page_tokens=16).sizes("gpu", 32)
-    assert (sizes.page_tokens, sizes.layers_per_group) == (16, 4)
+    assert (sizes.page_tokens, sizes.layers_per_group) == (16, 8)
 
 
 @pytest.mark.parametrize("name", ["page_tokens", "layers_per_group", "chunk_tokens"])

@@ -73,6 +73,7 @@ ONLY_IN = {
     "threading": "cachedattn_jax.store",
     "concurrent.futures.ThreadPoolExecutor": "cachedattn_jax.store",
 }
+MAX_LINES = 300
 
 
 def module_name(path: Path) -> str:
@@ -185,6 +186,12 @@ def test_every_module_says_what_it_is(path):
     assert ast.get_docstring(tree)
     if path.name == "__init__.py" and module_name(path) != "cachedattn_jax":
         assert len(tree.body) == 1, "the __init__ of a package is its docstring"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_a_file_is_short_enough_to_be_read_at_once(path):
+    num_lines = len(path.read_text().splitlines())
+    assert num_lines <= MAX_LINES, "it holds more than one noun: find the other"
 
 
 def test_no_file_names_a_folder_of_one_machine():

@@ -157,14 +157,14 @@ class Engine:
             ValueError: it has fewer tokens, or a turn of it waits or runs.
         """
         self._check_quiet(tenant, session_id)
-        self.store.rewind(tenant, session_id, num_tokens)
+        self.store.sessions.rewind(tenant, session_id, num_tokens)
 
     def discard(
         self, tenant: str, session_id: str, token_indices: Sequence[int]
     ) -> None:
         """Takes tokens out of a session's context; see `Session.discard`."""
         self._check_quiet(tenant, session_id)
-        self.store.discard(tenant, session_id, token_indices)
+        self.store.sessions.discard(tenant, session_id, token_indices)
 
     def forget(self, tenant: str, session_id: str) -> "Future[None]":
         """Deletes a session and its pages; ValueError while it has a turn under way.
@@ -172,7 +172,7 @@ class Engine:
         The future ends when a restart would not find it any more.
         """
         self._check_quiet(tenant, session_id)
-        return self.store.forget_session(tenant, session_id)
+        return self.store.sessions.forget(tenant, session_id)
 
     def erase_tenant(self, tenant: str) -> "Future[None]":
         """Erases every session of a tenant, in every tier and from the disk root.
@@ -186,7 +186,7 @@ class Engine:
         turns = self.scheduler.running + self.scheduler.waiting
         if tenant in {turn.request.tenant for turn in turns}:
             raise ValueError(f"a turn of tenant {tenant!r} waits or runs")
-        return self.store.erase_tenant(tenant)
+        return self.store.sessions.erase_tenant(tenant)
 
     def close_session(self, tenant: str, session_id: str) -> None:
         """Says that a conversation is over: its pages are the first to go.

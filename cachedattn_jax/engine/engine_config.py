@@ -40,9 +40,9 @@ class Sizes:
     call_tokens: int = CALL_TOKENS
 
 
-# What "auto" means. On one H200 with Llama-3-8B, 128 new tokens on 6K in host memory:
-# 39 ms with 1 layer a group, 16.5 with 4, 16.0 with 8 (but the first group comes
-# later). Pages of 64 tokens are the least that all Hopper kernels take; decode then
+# What "auto" means. Llama-3-8B, 128 new tokens on 6K in host memory: on one H200 39 ms
+# with 1 layer a group, 16.5 with 4, 16.0 with 8; on one H100, whose host was slower, 22.0
+# with 4 and 14.9 with 8, and alone 27.7 and 22.6. Pages of 64 tokens are the least that all Hopper kernels take; decode then
 # reads 91 % of what a copy moves on one H100. There prefills do 221 TFLOP/s in programs
 # of 128 tokens, 459 of 512, 546 of 2,048. TPUs take the same and were never timed.
 # A call reads all weights: on an H100 9.4 ms for 128 tokens of Llama-3-8B, 15.4 for
@@ -50,7 +50,7 @@ class Sizes:
 _ON_CPU = Sizes(page_tokens=16, layers_per_group=1, chunk_tokens=(16, 64, 256))
 _ON_ACCELERATORS = Sizes(
     page_tokens=64,
-    layers_per_group=4,
+    layers_per_group=8,
     chunk_tokens=(128, 512, 2048),
     call_tokens=400,
 )

@@ -16,13 +16,13 @@ from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.job import InFlight, Job
 from cachedattn_jax.engine.overflow import Overflow
 from cachedattn_jax.engine.prefill import Prefill
+from cachedattn_jax.engine.publisher import Publisher
 from cachedattn_jax.engine.running import Running
 from cachedattn_jax.engine.sampling import sampling_batch
 from cachedattn_jax.engine.scheduler import Scheduler
 from cachedattn_jax.engine.staging import Staging
 from cachedattn_jax.engine.totals import Totals
 from cachedattn_jax.engine.turn import Turn
-from cachedattn_jax.store.groupwise_save import GroupwiseSave
 from cachedattn_jax.store.tiered_store import TieredStore
 
 # How long decoding pauses for the pages of the turn that is next. They often come
@@ -55,6 +55,7 @@ class Loop:
         self._overflow = overflow
         self._staging = Staging(config, window, store, scheduler, cost_model)
         self._running = Running(config.max_batch)
+        self._publisher = Publisher(config, store)
         self._ending = Ending(
             config, store, scheduler, self._staging, self._running, decode
         )
@@ -219,42 +220,24 @@ class Loop:
             self._begin_prefill(job)
 
     def _begin_prefill(self, job: Job) -> None:
-        turn, lease, store = job.turn, job.lease, self._store
+        turn, lease = job.turn, job.lease
         if not turn.reply:
             turn.tokens_from = job.plan.tokens_from(lease)
             turn.decision = job.decision.choice
             turn.decision_reason = job.decision.reason
-        if self._saves_meanwhile(job) and not job.plan.truncates_meanwhile:
-            step = store.layout.page_tokens
-            first, last = -(-lease.cached_tokens // step), len(job.plan.whole.pages)
-            pages = range(first, last)
-            slots = lease.slots[first:last].tolist()
-            job.save = GroupwiseSave(store.saver, store.pool, pages, slots, job.name)
+        self._publisher.begin(job)
         job.prefill = self._prefill.begin_segments(
             self._overflow.segments(job),
             lease.inbound,
             read_ahead=job.read_ahead,
             is_preloading=self._config.is_preloading,
-            on_group=lambda group: self._save_group(job, group),
+            on_group=lambda group: self._publisher.save_group(job, group),
         )
         if turn.reply:
             turn.num_recomputed_midway += job.prefill.num_tokens - 1
         else:
             turn.num_chunk_tokens = 0
         turn.num_chunk_tokens += job.prefill.num_padded
-
-    def _saves_meanwhile(self, job: Job) -> bool:
-        is_reusing = self._config.reuse == "cached"
-        return is_reusing and self._store.config.saves_meanwhile(job.turn.turn_index)
-
-    def _save_group(self, job: Job, group: int) -> None:
-        if job.save is None:
-            return
-        try:
-            job.save.save(group)
-        except Exception:  # the turn does not need it
-            self._store.counters["save_failures"] += 1
-            job.abandon_save()
 
     def _sample_first(self, job: Job) -> None:
         """The prefill is dispatched: its pages can be found, its first token comes."""
@@ -267,24 +250,12 @@ class Loop:
             job.num_tokens,
         )
         job.num_dispatched += 1
-        if self._config.reuse == "cached":
-            self._publish(job)
+        self._publisher.publish(job)
         self._running.decode(job)
         start_s = time.monotonic()
         self._running.in_flight.append(
             InFlight(jobs=[job], sampled=sampled, name="prefill", start_s=start_s)
         )
-
-    def _publish(self, job: Job) -> None:
-        store = self._store
-        job.follow()
-        store.leases.publish(job.lease, job.unpublished())
-        if job.save is not None:
-            job.turn.bytes_device_to_host += job.save.num_bytes
-            job.save.finish(job.lease.entries)
-            job.save = None
-        num_pages = store.save_soon(job.lease, job.turn.turn_index, job.name)
-        job.turn.bytes_device_to_host += num_pages * store.layout.page_bytes
 
     def _record(self, job: Job, token: int, margin: float, now: float) -> None:
         """Takes note of a reply token; ends the turn if it was the last."""
@@ -300,8 +271,5 @@ class Loop:
         elif len(turn.reply) == job.max_tokens:
             is_full = job.max_tokens < turn.request.max_tokens
             self._ending.finish(job, "window" if is_full else "length")
-        elif self._saves_meanwhile(job):
-            # What is dropped are whole pages, so they still fill up when they did.
-            position = job.context.position(job.num_known)
-            if position % self._store.layout.page_tokens == 0:
-                self._publish(job)
+        else:
+            self._publisher.publish_filled(job)

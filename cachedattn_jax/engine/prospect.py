@@ -79,7 +79,7 @@ class Prospects:
         while True:
             found: list[PageEntry] = []
             if self._config.reuse == "cached":
-                found = self._store.leases.find(
+                found = self._store.finder.find(
                     turn.session, plan.stored.keys, plan.tail, plan.stored_tokens
                 )
             if self._config.loading == "never":

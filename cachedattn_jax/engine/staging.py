@@ -160,7 +160,7 @@ class Staging:
             raise NoSlots("running turns hold all slots that a truncation needs")
         self._fill(job, prospect, lease)
         if self._config.truncation.loses_pages:
-            self._store.lose(job.turn.session)
+            self._store.sessions.lose(job.turn.session)
 
     def drop(self, turn: Turn) -> None:
         """Gives back what a turn that will not start holds; it may be leased again."""
@@ -186,7 +186,7 @@ class Staging:
         )
         is_new = len(plan.truncations) > plan.num_known
         if lease is not None and is_new and self._config.truncation.loses_pages:
-            self._store.lose(turn.session)
+            self._store.sessions.lose(turn.session)
         return lease
 
     def _lease(self, turn: Turn, prospect: Prospect) -> Job | None:

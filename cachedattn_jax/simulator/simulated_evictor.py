@@ -1,4 +1,5 @@
-"""Who leaves host memory and disk, as `store.evictor` has it, in virtual time.
+"""Who leaves host memory and disk, as `store.evictor` and `victims` have it, in virtual
+time.
 
 Asks placement whose pages go and keeps the budgets. Does not know turns.
 """

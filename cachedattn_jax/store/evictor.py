@@ -1,6 +1,6 @@
 """Makes room: pages leave a tier, downwards where a lower tier takes them.
 
-Knows budgets and victims. Does not know turns or how pages are found.
+Knows budgets. Does not know turns, which pages go first, or how pages are found.
 """
 
 import time
@@ -12,10 +12,12 @@ import jax
 
 from cachedattn_jax.store.device_pool import DevicePool
 from cachedattn_jax.store.disk_tier import PASSING, DiskTier
+from cachedattn_jax.store.exits import Exits
 from cachedattn_jax.store.host_tier import HostTier
 from cachedattn_jax.store.link import Copy
 from cachedattn_jax.store.page_index import PageEntry, PageIndex
 from cachedattn_jax.store.placement.tier import Tier
+from cachedattn_jax.store.victims import Victims
 from cachedattn_jax.store.write_backlog import WriteBacklog
 from cachedattn_jax.timeline import Timeline
 
@@ -36,6 +38,7 @@ class Evictor:
         pool: DevicePool,
         host: HostTier,
         disk: DiskTier | None,
+        exits: Exits,
         timeline: Timeline,
         counters: Counter[str],
         backlog_bytes: int,
@@ -45,7 +48,9 @@ class Evictor:
         self._pool = pool
         self._host = host
         self._disk = disk
+        self._exits = exits
         self._counters = counters
+        self._victims = Victims(index)
         self._writes = WriteBacklog(index, disk, timeline, counters, backlog_bytes)
 
     @property
@@ -59,14 +64,14 @@ class Evictor:
     def slot_victims(self, num_slots: int) -> list[PageEntry] | None:
         """Pages whose leaving makes so many slots free; None if that is not enough."""
         missing = num_slots - self._pool.num_free
-        victims = [e for unit in self._choose(Tier.DEVICE, missing) for e in unit]
+        units = self._victims.units(Tier.DEVICE, missing)
+        victims = [entry for unit in units for entry in unit]
         return None if len(victims) < missing else victims
 
     def free_slots(self, victims: Sequence[PageEntry]) -> None:
         """Takes pages from their slots."""
         for entry in victims:
-            self._pool.give_back(self.leave_device(entry))
-            self._count_loss(entry, Tier.DEVICE)
+            self._exits.evict(entry, Tier.DEVICE, "room")
             self._placement.moved("evict", entry.session, 1)
 
     def make_host_room(self, num_bytes: int, *, may_wait: bool) -> bool:
@@ -79,7 +84,7 @@ class Evictor:
         if num_bytes > self._host.capacity_bytes:
             return False
         while not self._host.has_room(num_bytes):
-            units = self._choose(Tier.HOST, self._missing_pages(num_bytes))
+            units = self._victims.units(Tier.HOST, self._missing_pages(num_bytes))
             if not units:
                 return False
             self._demote(units, num_bytes)
@@ -104,11 +109,11 @@ class Evictor:
         """
         if entry.on_disk or entry.is_writing:
             return True
-        if not self._can_write(entry) or not self._make_disk_room(1, entry.session):
+        if not self._writes.takes(entry) or not self._make_disk_room(1, entry.session):
             return False
         while self._writes.is_full:
             self._writes.settle_oldest()
-        self._start_write(entry, groups, row)
+        self._writes.start(entry, groups, row)
         return True
 
     def settle_writes(self) -> None:
@@ -130,7 +135,7 @@ class Evictor:
         if self._host.has_room(least):
             return
         missing = self._missing_pages(least)
-        units = self._choose(Tier.HOST, missing, spares_next=True)
+        units = self._victims.units(Tier.HOST, missing, spares_next=True)
         self._demote(units, least, "reserve", may_lose=False)
 
     def drop(self, session: str, reason: str) -> None:
@@ -147,9 +152,8 @@ class Evictor:
         pages = self._index.last_pages_first(session, tier)
         free = [entry for entry in pages if not entry.holds]
         num_pages = -(-num_bytes // self._pool.layout.page_bytes)
-        for entry in free if self._is_whole else free[:num_pages]:
-            self._leave(entry, tier)
-            self._count_loss(entry, tier, "quota")
+        for entry in free if self._victims.are_whole else free[:num_pages]:
+            self._exits.evict(entry, tier, "quota")
 
     def drain(self) -> None:
         """Writes all that only host memory holds, as far as it fits, and waits."""
@@ -167,33 +171,16 @@ class Evictor:
         if tier is Tier.HOST:
             self.drain()
         for entry in victims:
-            self._leave(entry, tier)
-            self._count_loss(entry, tier, "emptied")
+            self._exits.evict(entry, tier, "emptied")
 
     def retire(self, entry: PageEntry) -> None:
         """Drops a page, wherever it is, that no conversation goes on from any more."""
-        self.leave_disk(entry)
-        self.leave_host(entry)
+        self._exits.leave_disk(entry)
+        self._exits.leave_host(entry)
         if entry.slot is not None and not entry.holds:
-            self._pool.give_back(self.leave_device(entry))
+            self._pool.give_back(self._exits.leave_device(entry))
         if entry.slot is None:
             self._index.remove(entry)
-
-    def leave_device(self, entry: PageEntry) -> int:
-        """Takes the page from its slot, which is returned and belongs to the caller."""
-        slot = entry.slot
-        assert slot is not None
-        entry.slot = None
-        self._index.unplace(entry, Tier.DEVICE)
-        return slot
-
-    def leave_disk(self, entry: PageEntry) -> None:
-        """Deletes the page's object, if there is one."""
-        if entry.on_disk:
-            assert self._disk is not None
-            entry.on_disk = False
-            self._disk.delete(entry)
-            self._index.unplace(entry, Tier.DISK)
 
     def give_up_object(self, entry: PageEntry, reason: str) -> None:
         """Takes note that a page's object could not be used.
@@ -216,50 +203,10 @@ class Evictor:
         self._disk.quarantine(entry, reason)
         self._index.unplace(entry, Tier.DISK)
 
-    def leave_host(self, entry: PageEntry) -> None:
-        """Gives up the page's row in host memory, if it has one."""
-        if entry.slab is not None:
-            self._host.release_row(entry.slab)
-            entry.slab = None
-            self._index.unplace(entry, Tier.HOST)
-
-    @property
-    def _is_whole(self) -> bool:
-        """Whether sessions leave a tier as a whole."""
-        return self._placement.config.granularity == "sessions"
-
     def _missing_pages(self, num_bytes: int) -> int:
         """How many pages stand in the way of so many free bytes of host memory."""
         missing = self._host.used_bytes + num_bytes - self._host.capacity_bytes
         return -(-missing // self._pool.layout.page_bytes)
-
-    def _choose(
-        self, tier: Tier, num_pages: int, *, spares_next: bool = False, but: str = ""
-    ) -> list[list[PageEntry]]:
-        """The next pages to leave a tier, in units that leave together.
-
-        Args:
-            num_pages: how many at least.
-            but: a session that stays.
-        """
-        units: list[list[PageEntry]] = []
-        if num_pages <= 0:
-            return units
-        now, left = time.monotonic(), num_pages
-        for standing in self._placement.victims(tier, now, spares_next=spares_next):
-            session = str(standing.session)
-            if session == but:
-                continue
-            pages = self._index.last_pages_first(session, tier)
-            free = (e for e in pages if not e.holds and _is_only(e, tier))
-            chosen = (
-                [list(free)] if self._is_whole else [[e] for e in islice(free, left)]
-            )
-            units += filter(None, chosen)
-            left -= sum(map(len, chosen))
-            if left <= 0:
-                break
-        return units
 
     def _demote(
         self,
@@ -278,52 +225,26 @@ class Evictor:
         for unit in units:
             is_held_up = not self._write_together(unit, may_lose=may_lose)
             is_waiting = is_waiting or is_held_up
-            if is_waiting or (not self._is_whole and self._host.has_room(num_bytes)):
+            if is_waiting or (
+                not self._victims.are_whole and self._host.has_room(num_bytes)
+            ):
                 continue
             for entry in unit:
-                self.leave_host(entry)
-                self._count_loss(entry, Tier.HOST, reason)
+                self._exits.evict(entry, Tier.HOST, reason)
             self._placement.moved("demote", unit[0].session, len(unit))
 
     def _write_together(self, unit: list[PageEntry], *, may_lose: bool) -> bool:
         """Begins to write pages as far as needed; whether they may leave now."""
         dirty = [entry for entry in unit if not (entry.on_disk or entry.is_writing)]
-        writable = [entry for entry in dirty if self._can_write(entry)]
+        writable = [entry for entry in dirty if self._writes.takes(entry)]
         if dirty and self._writes.is_full:
             return False
         if writable and self._make_disk_room(len(writable), unit[0].session):
             for entry in writable:
-                self._start_write(entry)
+                self._writes.start(entry)
         elif dirty:
             return may_lose
         return all(e.on_disk for e in unit if e not in dirty or e in writable)
-
-    def _can_write(self, entry: PageEntry) -> bool:
-        disk = self._disk
-        if disk is None or entry.token_ids is None or not disk.can_be_written:
-            return False
-        return entry.write_again_s <= time.monotonic()
-
-    def _start_write(
-        self,
-        entry: PageEntry,
-        groups: Sequence[jax.Array] | None = None,
-        row: int = 0,
-    ) -> None:
-        assert self._disk is not None and entry.token_ids is not None
-        if entry.slab is not None:
-            groups, row = entry.slab.groups, entry.row
-        assert groups is not None
-        self._writes.start(self._disk, entry, groups, row)
-
-    def _leave(self, entry: PageEntry, tier: Tier) -> None:
-        match tier:
-            case Tier.DEVICE:
-                self._pool.give_back(self.leave_device(entry))
-            case Tier.HOST:
-                self.leave_host(entry)
-            case Tier.DISK:
-                self.leave_disk(entry)
 
     def _make_disk_room(self, num_pages: int, session: str) -> bool:
         """Whether the disk takes pages of a session now, whose others stay there."""
@@ -335,25 +256,13 @@ class Evictor:
         # What host memory holds too is lost least.
         others = (e for e in self._index.copies() if e.session != session)
         copies = list(islice(others, max(0, missing)))
-        units = self._choose(Tier.DISK, missing - len(copies), but=session)
+        units = self._victims.units(Tier.DISK, missing - len(copies), but=session)
         alone = [entry for unit in units for entry in unit]
         if len(copies) + len(alone) < missing:
             return False
         for entry in copies + alone:
             session, is_copy = entry.session, entry.slab is not None
-            self.leave_disk(entry)
-            self._count_loss(entry, Tier.DISK)
+            self._exits.evict(entry, Tier.DISK, "room")
             if not is_copy:
                 self._placement.moved("drop", session, 1)
         return True
-
-    def _count_loss(self, entry: PageEntry, tier: Tier, reason: str = "room") -> None:
-        self._counters[f"pages_left_{tier}"] += 1
-        self._counters[f"evicted_{tier}_{reason}"] += 1
-        if entry.is_lost:
-            self._counters[f"pages_lost_from_{tier}"] += 1
-
-
-def _is_only(entry: PageEntry, tier: Tier) -> bool:
-    """On disk pages go that host memory does not hold, nor awaits."""
-    return tier is not Tier.DISK or (entry.slab is None and entry.arrival is None)

@@ -51,7 +51,7 @@ class GroupwiseSave:
         """Copies out a layer group whose last program was dispatched."""
         for _, slots, slab in self._runs:
             run = self._pool.extract_group(group, slots)
-            self._saver.send(slab, [run], self._turn, group)
+            self._saver.outbound.send(slab, [run], self._turn, group)
 
     def finish(self, entries: Sequence[PageEntry | None]) -> None:
         """The prefill is dispatched: its pages can be found in host memory, too."""

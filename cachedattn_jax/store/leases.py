@@ -1,10 +1,9 @@
-"""What turns hold: finds stored pages, leases them with slots, publishes new ones.
+"""What turns hold: leases stored pages with slots, publishes new ones.
 
-Knows pages, slots and holds. Does not know when pages are saved or evicted, or what is
-in them.
+Knows pages, slots and holds. Does not know how pages are found, when they are saved or
+evicted, or what is in them.
 """
 
-import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from cachedattn_jax.store.device_pool import DevicePool, split_runs
 from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.evictor import Evictor
+from cachedattn_jax.store.exits import Exits
 from cachedattn_jax.store.inbound import Inbound, Load
 from cachedattn_jax.store.lease import Lease
 from cachedattn_jax.store.link import Copy, Links
@@ -21,7 +21,6 @@ from cachedattn_jax.store.page import PageKey, Tail
 from cachedattn_jax.store.page_index import (
     PageEntry,
     PageIndex,
-    is_unclaimed,
     tenant_of,
     unclaimed,
 )
@@ -31,11 +30,7 @@ from cachedattn_jax.store.watcher import Watcher
 
 
 class Leases:
-    """Leases of the pages of one store.
-
-    Attributes:
-        tails: by session, the partly filled last page of its last finished turn.
-    """
+    """Leases of the pages of one store."""
 
     def __init__(
         self,
@@ -43,71 +38,21 @@ class Leases:
         pool: DevicePool,
         disk: DiskTier | None,
         evictor: Evictor,
+        exits: Exits,
         saver: Saver,
         links: Links,
         watcher: Watcher,
         counters: Counter[str],
     ) -> None:
-        self.tails: dict[str, PageEntry] = {}
         self._index = index
         self._pool = pool
         self._disk = disk
         self._evictor = evictor
+        self._exits = exits
         self._saver = saver
         self._links = links
         self._watcher = watcher
         self._counters = counters
-
-    def find(
-        self,
-        session: str,
-        keys: Sequence[PageKey],
-        tail: Tail | None,
-        token_ids: np.ndarray | None = None,
-    ) -> list[PageEntry]:
-        """The longest stored beginning of a prompt that can be read now.
-
-        Args:
-            keys: the full pages of the prompt that may be reused, in order.
-            tail: the session's last page, used if exactly the pages before it are
-                found.
-            token_ids: int32, of these pages; objects that hold others are refused.
-        """
-        found = []
-        for index, key in enumerate(keys):
-            entry = self._usable(key)
-            if entry is None:
-                break
-            if entry.token_ids is None and token_ids is not None:
-                step = self._pool.layout.page_tokens
-                entry.token_ids = token_ids[index * step : (index + 1) * step].copy()
-            found.append(entry)
-        if tail is None or tail.index != len(found):
-            return found
-        entry = self._usable(tail.key)
-        # A tail is written to in place, so it is never shared.
-        if entry is not None and not entry.holds:
-            if entry.session == session or is_unclaimed(entry.session):
-                if entry.token_ids is None:
-                    entry.token_ids = tail.token_ids.copy()
-                self.tails[session] = entry
-                found.append(entry)
-        return found
-
-    def _usable(self, key: PageKey) -> PageEntry | None:
-        """A page that is somewhere, and not only where nothing can be read now."""
-        entry = self._index.find(key)
-        if entry is None or not entry.tiers:
-            return None
-        if entry.is_on_disk_only:
-            assert self._disk is not None
-            if not self._disk.can_be_read:
-                self._counters["pages_passed_breaker_open"] += 1
-                return None
-            if entry.read_again_s > time.monotonic():
-                self._counters["pages_passed_read_failed"] += 1
-                return None
-        return entry
 
     def acquire(
         self,
@@ -119,7 +64,7 @@ class Leases:
         """Holds pages that were just found, and slots for the rest of a turn.
 
         Args:
-            found: what `find` gave, or its beginning.
+            found: what `Finder.find` gave, or its beginning.
             tail: the same as there.
             num_pages: pages the turn may grow to.
 
@@ -178,7 +123,7 @@ class Leases:
             self._counters[f"miss_{reason}"] += len(entries)
             for entry in entries:
                 if reason == "copy_failed":
-                    self._evictor.leave_host(entry)
+                    self._exits.leave_host(entry)
                 self._evictor.give_up_object(entry, reason)
         return True
 
@@ -239,7 +184,7 @@ class Leases:
                 slots[index] = next(new_slots)
             else:
                 entry.holds -= 1
-                self._evictor.leave_device(entry)
+                self._exits.leave_device(entry)
         self._index.placement.closed(owner)
         return True
 
@@ -263,7 +208,7 @@ class Leases:
         self.release(lease)
         for entry in filter(None, entries):
             if entry.slot is not None and not entry.holds:
-                self._pool.give_back(self._evictor.leave_device(entry))
+                self._pool.give_back(self._exits.leave_device(entry))
 
     def _note(self, copies: Sequence[Copy], direction: str) -> None:
         for copy in copies:
@@ -321,7 +266,7 @@ class Leases:
         slot, entry = int(lease.slots[index]), lease.entries[index]
         if entry is not None and entry.key != key:  # a tail that has grown
             if entry.slot is not None:
-                self._evictor.leave_device(entry)
+                self._exits.leave_device(entry)
             entry.holds -= 1
             lease.entries[index] = entry = None
         if entry is None:

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from cachedattn_jax.store.disk_read import DiskRead
 from cachedattn_jax.store.host_tier import Slab
 from cachedattn_jax.store.page import PageKey
 from cachedattn_jax.store.placement.placement import Placement
 from cachedattn_jax.store.placement.tier import Tier
-
-if TYPE_CHECKING:
-    from cachedattn_jax.store.fetcher import Arrival
 
 
 def unclaimed(tenant: str) -> str:
@@ -37,6 +35,17 @@ def is_unclaimed(session: str) -> bool:
 def tenant_of(session: str) -> str:
     """The quoted tenant of a session."""
     return session.partition("/")[0]
+
+
+@runtime_checkable
+class Arrival(Protocol):
+    """A read that brings a run of pages from disk to host memory."""
+
+    @property
+    def entries(self) -> list[PageEntry]: ...
+
+    @property
+    def read(self) -> DiskRead: ...
 
 
 @dataclass(eq=False, kw_only=True)

@@ -1,8 +1,8 @@
 """Pages leaving the device: a bounded buffer between slots and host memory.
 
-Knows what is to be saved, what is on its way, and the bound. Does not know turns, or
-which page ought to leave. Paper, section 3.2.2: what is not saved yet when a turn ends
-stays in the buffer, so that the next one does not wait.
+Knows what is to be saved and what waits for room. Does not know turns, which page ought
+to leave, or how a copy goes. Paper, section 3.2.2: what is not saved yet when a turn
+ends stays in the buffer, so that the next one does not wait.
 """
 
 import time
@@ -16,22 +16,10 @@ from cachedattn_jax.store.budget import SAVED_TOGETHER
 from cachedattn_jax.store.device_pool import DevicePool, split_runs
 from cachedattn_jax.store.evictor import Evictor
 from cachedattn_jax.store.host_tier import HostTier, Slab
-from cachedattn_jax.store.link import Copy, Links
+from cachedattn_jax.store.link import Copy
+from cachedattn_jax.store.outbound import Outbound
 from cachedattn_jax.store.page_index import PageEntry, PageIndex
 from cachedattn_jax.store.placement.tier import Tier
-from cachedattn_jax.store.watcher import Watcher
-from cachedattn_jax.timeline import Timeline
-
-
-@dataclass(eq=False, kw_only=True)
-class _Flight:
-    """A copy under way to host memory, and what it carries."""
-
-    copy: Copy
-    num_bytes: int
-    turn: str
-    group: int | None
-    slab: Slab
 
 
 @dataclass(eq=False, kw_only=True)
@@ -47,8 +35,7 @@ class Saver:
     """Copies new pages out of the device, each of them once.
 
     Args:
-        capacity_bytes: of copies under way and pages that wait for room; all of it is
-            device memory.
+        outbound: takes the copies, and bounds them and the pages that wait for room.
     """
 
     def __init__(
@@ -57,30 +44,27 @@ class Saver:
         pool: DevicePool,
         host: HostTier,
         evictor: Evictor,
-        links: Links,
-        watchers: "dict[str, Watcher]",
-        timeline: Timeline,
+        outbound: Outbound,
         counters: Counter[str],
-        capacity_bytes: int,
     ) -> None:
-        self.capacity_bytes = capacity_bytes
-        self.buffered_bytes = 0
         self._index = index
         self._pool = pool
         self._host = host
         self._evictor = evictor
-        self._links = links
-        self._watchers = watchers
-        self._timeline = timeline
+        self.outbound = outbound
         self._counters = counters
         # By turn: the rows of a slab go together if they belong to one conversation.
         self._queue: dict[str, dict[bytes, PageEntry]] = {}
-        self._flights: deque[_Flight] = deque()
         self._waiting: deque[_Run] = deque()
 
     @property
     def under_way(self) -> list[Copy]:
-        return [flight.copy for flight in self._flights]
+        return self.outbound.copies
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Of copies under way and pages that wait for room."""
+        return self.outbound.num_bytes
 
     def ask(self, entries: Iterable[PageEntry], turn: str) -> int:
         """Puts pages of a turn in the queue of those to be saved; how many are new."""
@@ -94,7 +78,7 @@ class Saver:
 
     def poll(self) -> None:
         """Starts saving queued pages of turns that have some; never waits."""
-        self._settle()
+        self.outbound.settle()
         self._admit_waiting()
         for turn in [t for t, q in self._queue.items() if len(q) >= SAVED_TOGETHER]:
             if not self.save_queued(turn):
@@ -108,7 +92,7 @@ class Saver:
         """
         wanted = _unsaved(self._queue.pop(turn, {}).values())
         for run in split_runs(wanted):
-            fits = self._fits(len(run) * self._pool.layout.page_bytes)
+            fits = self.outbound.fits(len(run) * self._pool.layout.page_bytes)
             if not fits or not self._save(run, turn, may_wait=False):
                 self.ask(wanted, turn)
                 return False
@@ -128,52 +112,30 @@ class Saver:
         for turn in list(self._queue):
             self.save_now(list(self._queue.pop(turn).values()), turn)
         started_s = time.monotonic()
-        while self._flights or self._waiting:
+        while self.under_way or self._waiting:
             self._free_oldest()
         self._counters["save_wait_us"] += int(1e6 * (time.monotonic() - started_s))
 
     def reserve(self, num_rows: int) -> Slab | None:
         """Room in the buffer and in host memory for a run; None if there is none now.
 
-        Its pages are copied with `send` and become known with `place`.
+        Its pages are copied with `Outbound.send` and become known with `place`.
         """
         num_bytes = num_rows * self._pool.layout.page_bytes
-        if not self._fits(num_bytes):
+        if not self.outbound.fits(num_bytes):
             return None
         if not self._evictor.make_host_room(num_bytes, may_wait=False):
             return None
-        self.buffered_bytes += num_bytes
+        self.outbound.num_bytes += num_bytes
         return self._host.reserve(num_rows, num_bytes)
 
     def cancel(self, slab: Slab) -> None:
         """Gives back a reserved slab that will not be complete."""
         missing = self._pool.layout.num_groups - len(slab.groups)
         run_bytes = self._pool.layout.group_bytes * slab.num_rows
-        self.buffered_bytes -= missing * run_bytes
+        self.outbound.num_bytes -= missing * run_bytes
         for _ in range(slab.num_rows):
             self._host.release_row(slab)
-
-    def send(
-        self, slab: Slab, runs: list[jax.Array], turn: str, group: int | None = None
-    ) -> None:
-        """Starts the copy of the next layer groups of a slab to host memory.
-
-        Args:
-            runs: extracted pages, an array a group.
-            turn, group: how events note it; `group` where it is one.
-        """
-        is_emulated = self._links.device_to_host.emulated is not None
-        on_host = self._pool.put_on_host(runs, is_emulated=is_emulated)
-        after = self._watchers["compute"].watch(runs)
-        done = self._watchers["device-to-host"].watch(on_host)
-        num_bytes = sum(run.nbytes for run in runs)
-        copy = self._links.device_to_host.carry(num_bytes, done, after)
-        slab.groups += on_host
-        slab.copies += [copy] * len(on_host)
-        self._counters["bytes_device_to_host"] += num_bytes
-        self._flights.append(
-            _Flight(copy=copy, num_bytes=num_bytes, turn=turn, group=group, slab=slab)
-        )
 
     def place(self, entries: Sequence[PageEntry | None], slab: Slab) -> None:
         """Makes the rows of a slab known as pages; those not wanted are given back."""
@@ -188,11 +150,6 @@ class Saver:
             entry.slab, entry.row = slab, row
             self._index.place(entry, Tier.HOST)
             self._index.placement.moved("save", entry.session, 1)
-
-    def _fits(self, num_bytes: int) -> bool:
-        """Whether the buffer takes so many bytes; an empty one takes any."""
-        is_empty = self.buffered_bytes == 0
-        return is_empty or self.buffered_bytes + num_bytes <= self.capacity_bytes
 
     def _save(self, entries: list[PageEntry], turn: str, *, may_wait: bool) -> bool:
         """Whether the pages were taken out of the pool."""
@@ -210,7 +167,7 @@ class Saver:
             self._counters["save_failures"] += 1
             return True
         run = _Run(entries=entries, groups=groups, num_bytes=num_bytes)
-        self.buffered_bytes += num_bytes
+        self.outbound.num_bytes += num_bytes
         if has_room:
             self._admit(run, turn)
         elif can_ever:
@@ -224,7 +181,7 @@ class Saver:
     def _admit(self, run: _Run, turn: str) -> None:
         slab = self._host.reserve(len(run.entries), run.num_bytes)
         try:
-            self.send(slab, run.groups, turn)
+            self.outbound.send(slab, run.groups, turn)
         except Exception:  # out of memory, most likely
             self._counters["save_failures"] += 1
             for _ in run.entries:
@@ -234,7 +191,7 @@ class Saver:
 
     def _drop(self, run: _Run) -> None:
         """Gives up pages that were taken out of their slots."""
-        self.buffered_bytes -= run.num_bytes
+        self.outbound.num_bytes -= run.num_bytes
         self._counters["pages_not_saved"] += len(run.entries)
         for entry in run.entries:
             entry.is_saving = False
@@ -245,33 +202,13 @@ class Saver:
         """Host memory keeps no page at all: these pass through it to disk."""
         slab = Slab(num_rows=0, num_bytes=0, rows_left=0)
         try:
-            self.send(slab, run.groups, turn)
+            self.outbound.send(slab, run.groups, turn)
         except Exception:  # out of memory, most likely
             self._counters["save_failures"] += 1
             return self._drop(run)
         for row, entry in enumerate(run.entries):
             if not self._evictor.write(entry, slab.groups, row):
                 self._counters["pages_not_saved"] += 1
-
-    def _settle(self) -> None:
-        while self._flights and self._flights[0].copy.has_ended:
-            self._land(self._flights.popleft())
-
-    def _land(self, flight: _Flight) -> None:
-        self.buffered_bytes -= flight.num_bytes
-        if flight.copy.has_failed:
-            self._counters["save_failures"] += 1
-            flight.slab.is_broken = True
-            for entry in list(self._index.in_tier(Tier.HOST)):
-                if entry.slab is flight.slab:
-                    self._evictor.leave_host(entry)
-            return
-        start_s, end_s = flight.copy.span
-        self._counters["us_device_to_host"] += int(1e6 * (end_s - start_s))
-        details = {"bytes": flight.num_bytes, "turn": flight.turn}
-        if flight.group is not None:
-            details["group"] = flight.group
-        self._timeline.add("save", "device to host", start_s, end_s, **details)
 
     def _admit_waiting(self) -> None:
         while self._waiting and self._evictor.make_host_room(
@@ -281,17 +218,16 @@ class Saver:
 
     def _make_buffer_room(self, num_bytes: int) -> None:
         started_s = time.monotonic()
-        self._settle()
+        self.outbound.settle()
         self._admit_waiting()
-        while not self._fits(num_bytes):
+        while not self.outbound.fits(num_bytes):
             self._free_oldest()
         self._counters["save_wait_us"] += int(1e6 * (time.monotonic() - started_s))
 
     def _free_oldest(self) -> None:
         """Waits for the oldest copy; without one, for room for the oldest run."""
-        if self._flights:
-            self._flights[0].copy.wait()
-            self._settle()
+        if self.outbound.copies:
+            self.outbound.settle_oldest()
             return
         run = self._waiting.popleft()
         if self._evictor.make_host_room(run.num_bytes, may_wait=True):

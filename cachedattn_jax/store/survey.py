@@ -7,7 +7,7 @@ from collections import Counter, deque
 from concurrent.futures import Future
 
 from cachedattn_jax.store.catalog import session_key
-from cachedattn_jax.store.evictor import Evictor
+from cachedattn_jax.store.exits import Exits
 from cachedattn_jax.store.guard import StorageFailure
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.page import PageKey
@@ -34,7 +34,7 @@ class Survey:
         salts: Salts,
         sessions: list[tuple[str, str]],
         index: PageIndex,
-        evictor: Evictor,
+        exits: Exits,
         counters: Counter[str],
     ) -> None:
         self._root = root
@@ -42,7 +42,7 @@ class Survey:
         self._salts = salts
         self._sessions = sessions
         self._index = index
-        self._evictor = evictor
+        self._exits = exits
         self._counters = counters
         self._found: deque[tuple[str, str, list[PageKey]]] = deque()
         self._read: Future[bool] | None = root.submit_chore(self._read_all)
@@ -97,5 +97,5 @@ class Survey:
         for owner in list(owners):
             for entry in list(self._index.last_pages_first(owner, Tier.DISK)):
                 if not entry.holds and entry.tiers == [Tier.DISK]:
-                    self._evictor.leave_disk(entry)
+                    self._exits.leave_disk(entry)
                     self._counters["orphans_collected"] += 1

@@ -7,42 +7,37 @@ bytes.
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import replace
 
 import jax
 import numpy as np
 
 from cachedattn_jax.store.budget import StoreConfig
-from cachedattn_jax.store.catalog import (
-    Catalog,
-    SessionRecord,
-    done_already,
-    session_key,
-)
+from cachedattn_jax.store.catalog import Catalog, SessionRecord
 from cachedattn_jax.store.device_pool import DevicePool
-from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.evictor import Evictor
+from cachedattn_jax.store.exits import Exits
 from cachedattn_jax.store.faults import Faults
 from cachedattn_jax.store.fetcher import Fetcher
+from cachedattn_jax.store.finder import Finder
 from cachedattn_jax.store.host_tier import HostTier
 from cachedattn_jax.store.inventory import Inventory
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.lease import Lease
 from cachedattn_jax.store.leases import Leases
 from cachedattn_jax.store.link import Links
-from cachedattn_jax.store.object_names import remove_folders
+from cachedattn_jax.store.opening import open_disk, open_root
+from cachedattn_jax.store.outbound import Outbound
 from cachedattn_jax.store.page import PageKey, Tail
-from cachedattn_jax.store.page_index import PageIndex, tenant_of
+from cachedattn_jax.store.page_index import PageIndex
 from cachedattn_jax.store.placement.placement import Placement
 from cachedattn_jax.store.placement.tier import Tier
-from cachedattn_jax.store.root import CacheFolder, Root
 from cachedattn_jax.store.salts import read_salts
 from cachedattn_jax.store.saver import Saver
+from cachedattn_jax.store.sessions import Sessions
 from cachedattn_jax.store.stats import StoreStats, gather
 from cachedattn_jax.store.survey import Survey
-from cachedattn_jax.store.truncation import Context, Truncation, context_after
 from cachedattn_jax.store.watcher import Watcher
 from cachedattn_jax.timeline import Timeline
 
@@ -75,8 +70,9 @@ class TieredStore:
         self.faults = Faults(config.io.faults) if config.io.faults else None
         self.pool.faults = self.faults
         self.salts = read_salts(config.tenant_secret_file)
-        self.root = self._open_root()
-        self.disk = self._open_disk()
+        self.root = open_root(config, layout, self.salts, self.faults)
+        dtype = np.dtype(self.pool.dtype)
+        self.disk = open_disk(config, self.root, layout, dtype, self.links)
         self.catalog = Catalog(self.root, self._presume)
         self.placement = Placement(
             config.placement,
@@ -89,56 +85,60 @@ class TieredStore:
             self.root, self.disk, self.index, layout, self.salts
         )
         self.counters: Counter[str] = Counter()
+        self._exits = Exits(self.index, self.pool, self.host, self.disk, self.counters)
         self._evictor = Evictor(
             self.index,
             self.pool,
             self.host,
             self.disk,
+            self._exits,
             self.timeline,
             self.counters,
             config.io.num_backlog_bytes,
         )
-        self.saver = Saver(
+        outbound = Outbound(
             self.index,
             self.pool,
-            self.host,
-            self._evictor,
+            self._exits,
             self.links,
             self.watchers,
             self.timeline,
             self.counters,
             config.num_write_buffer_bytes,
         )
+        self.saver = Saver(
+            self.index,
+            self.pool,
+            self.host,
+            self._evictor,
+            outbound,
+            self.counters,
+        )
+        self.finder = Finder(self.index, self.disk, layout.page_tokens, self.counters)
         self.leases = Leases(
             self.index,
             self.pool,
             self.disk,
             self._evictor,
+            self._exits,
             self.saver,
             self.links,
             self.watchers["host-to-device"],
             self.counters,
         )
+        self.sessions = Sessions(
+            self.catalog,
+            self.placement,
+            self.finder,
+            self.saver,
+            self._evictor,
+            self.root,
+            self.disk,
+        )
         self._inventory.take_in()
         self.survey = self._begin_survey()
         self._fetcher = Fetcher(
             self.index, self.pool, self.host, self.disk, self._evictor, self.counters
-        )
-
-    def _open_root(self) -> Root | None:
-        config = self.config
-        if not config.disk_root:
-            return None
-        cache = None
-        if config.cache_root and config.num_cache_bytes:
-            cache = CacheFolder(config.cache_root, config.num_cache_bytes)
-        return Root(
-            config.disk_root,
-            self.layout,
-            config.io,
-            self.salts,
-            faults=self.faults,
-            cache=cache,
         )
 
     def _presume(self, record: SessionRecord) -> None:
@@ -153,18 +153,9 @@ class TieredStore:
             self.salts,
             self.catalog.sessions(),
             self.index,
-            self._evictor,
+            self._exits,
             self.counters,
         )
-
-    def _open_disk(self) -> DiskTier | None:
-        num_bytes = self.config.num_disk_bytes
-        if num_bytes and self.root is None:
-            raise ValueError(f"disk_bytes={num_bytes} needs a disk_root to write to")
-        if not num_bytes or self.root is None:
-            return None
-        dtype = np.dtype(self.pool.dtype)
-        return DiskTier(self.root, self.layout, num_bytes, dtype, self.links)
 
     # ---- a turn with a lease: its pages are saved, it ends well ----
 
@@ -202,12 +193,12 @@ class TieredStore:
             stored; see `Catalog.commit`.
         """
         self.leases.publish(lease, pages)
-        old_tail = self.leases.tails.pop(lease.session, None)
+        old_tail = self.finder.tails.pop(lease.session, None)
         if tail is not None:
             self.leases.publish_page(lease, tail.index, tail.key, tail.token_ids)
             entry = lease.entries[tail.index]
             if entry is not None:
-                self.leases.tails[lease.session] = entry
+                self.finder.tails[lease.session] = entry
         entries = [entry for entry in lease.entries if entry is not None]
         for entry in entries:
             self.index.touch(entry, lease.session)
@@ -289,78 +280,6 @@ class TieredStore:
             held_not = [e for e in self.index.in_tier(tier) if not e.holds]
             self.saver.save_now(held_not)
         self._evictor.empty(tier)
-
-    def rewind(self, tenant: str, session_id: str, num_tokens: int) -> None:
-        """Cuts a session's record to its first tokens; ValueError if it has fewer."""
-        record = self.catalog.find(tenant, session_id)
-        num_known = 0 if record is None else len(record.token_ids)
-        if record is None or not 0 <= num_tokens <= num_known:
-            raise ValueError(
-                f"cannot rewind session {session_id!r} to {num_tokens} tokens;"
-                f" it has {num_known}"
-            )
-        self.catalog.commit(record.cut(num_tokens))
-
-    def discard(self, tenant: str, session_id: str, tokens: Sequence[int]) -> None:
-        """Notes that tokens left a session's context; ValueError if they are not in it.
-
-        They are the token-discarding list of the paper's section 3.4.
-        """
-        record = self.catalog.find(tenant, session_id)
-        num_cached = 0 if record is None else record.cached_length
-        context = Context() if record is None else context_after(record.truncations)
-        places = sorted(set(map(int, tokens)))
-        for token in places:
-            is_known = 0 <= token < num_cached
-            if not is_known or context.token(context.position(token)) != token:
-                raise ValueError(
-                    f"token {token} of session {session_id!r} cannot be discarded: its"
-                    f" context is what is left of the first {num_cached} tokens"
-                )
-        if record is None or not places:
-            return
-        spans = tuple((p, p + 1) for p in map(context.position, places))
-        new = Truncation(at=num_cached, dropped=spans, method="repack")
-        truncations = (*record.truncations, new)
-        self.catalog.commit(replace(record, truncations=truncations, chain=None))
-
-    def forget_session(self, tenant: str, session_id: str) -> "Future[None]":
-        """Forgets a session's record and the pages it answers for; none may be held.
-
-        The future ends when the record is gone for good.
-        """
-        session = session_key(tenant, session_id)
-        removed = self.catalog.remove(tenant, session_id)
-        self._forget_pages(session)
-        return removed
-
-    def _forget_pages(self, session: str) -> None:
-        self.leases.tails.pop(session, None)
-        self._evictor.drop(session, "forgotten")
-        self.placement.forgot(session)
-
-    def erase_tenant(self, tenant: str) -> "Future[None]":
-        """Erases all that is known of a tenant, none of whose turns may be under way.
-
-        The future ends when nothing of it is stored any more, and fails with
-        StorageFailure when that could not be reached.
-        """
-        self.saver.drain()
-        self._evictor.settle_all()
-        for name in self.catalog.sessions(tenant):
-            self.forget_session(*name)
-        folder = tenant_of(session_key(tenant, "-"))
-        for session in list(map(str, self.placement.standings)):
-            if tenant_of(session) == folder:
-                self._forget_pages(session)
-        if self.root is None:
-            return done_already()
-        leaving = self.disk.leaving if self.disk else ()
-        return self.root.submit_in_order(remove_folders, self.root, folder, leaving)
-
-    def lose(self, session: str) -> None:
-        """Gives up all pages of a session that no turn holds; its record stays."""
-        self._evictor.drop(session, "invalidated")
 
     def close(self) -> None:
         """Writes what only memory holds to disk, as far as it fits; stops threads."""

@@ -57,12 +57,29 @@ class WriteBacklog:
     def copies(self) -> list[Copy]:
         return [copy for copy, _ in self._writes]
 
+    def takes(self, entry: PageEntry) -> bool:
+        """Whether the page can be written now, if there is room for it."""
+        disk = self._disk
+        if disk is None or entry.token_ids is None or not disk.can_be_written:
+            return False
+        return entry.write_again_s <= time.monotonic()
+
     def start(
-        self, disk: DiskTier, entry: PageEntry, groups: Sequence[jax.Array], row: int
+        self,
+        entry: PageEntry,
+        groups: Sequence[jax.Array] | None = None,
+        row: int = 0,
     ) -> None:
-        """Begins to write a page; there is room for it."""
+        """Begins to write a page that it takes; there is room for it.
+
+        Args:
+            groups, row: where its bytes are, for a page that is not in host memory.
+        """
+        if entry.slab is not None:
+            groups, row = entry.slab.groups, entry.row
+        assert self._disk is not None and groups is not None
         entry.is_writing = True
-        self._writes.append((disk.write(entry, groups, row), entry))
+        self._writes.append((self._disk.write(entry, groups, row), entry))
 
     def settle_ended(self) -> None:
         """Takes note of writes that have ended; never waits."""

@@ -55,6 +55,25 @@ class Orders:
             for tier in standing.num_bytes:
                 order.entered(standing, tier)
 
+    def mark(self, standing: Standing, **marks: bool) -> None:
+        """Sets marks of a session, and puts it where it stands then."""
+        self.withdraw(standing)
+        for name, value in marks.items():
+            setattr(standing, name, value)
+        self.restore(standing)
+
+    def unqueued(self, standing: Standing, ticket: int, rest: tuple[int, ...]) -> None:
+        """The session's first turn in the queue will not run; later ones are left."""
+        if standing.is_closed and not rest:  # from now on it is the first to go
+            self.withdraw(standing)
+            standing.tickets = ()
+            self.restore(standing)
+        else:
+            standing.tickets = ()
+            for order in self.of(standing):
+                order.unqueued(standing, ticket)
+            standing.tickets = rest
+
     def victims(
         self,
         tier: Tier,

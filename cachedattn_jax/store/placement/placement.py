@@ -69,7 +69,7 @@ class Placement:
         """
         standing = self._standing(session, tenant)
         if standing.is_closed:
-            self._mark(standing, is_closed=False)
+            self._orders.mark(standing, is_closed=False)
         if standing.is_idle:
             self._rests.end(standing)
             if standing.num_turns:
@@ -85,15 +85,7 @@ class Placement:
         if standing.tickets[0] != ticket:
             standing.tickets = rest
             return
-        if standing.is_closed and not rest:  # from now on it is the first to go
-            self._orders.withdraw(standing)
-            standing.tickets = ()
-            self._orders.restore(standing)
-        else:
-            standing.tickets = ()
-            for order in self._orders.of(standing):
-                order.unqueued(standing, ticket)
-            standing.tickets = rest
+        self._orders.unqueued(standing, ticket, rest)
         if rest:
             self._announce(standing)
         elif standing.is_idle:
@@ -151,7 +143,7 @@ class Placement:
         """
         standing = self.standings.get(session)
         if standing is not None and not standing.is_closed:
-            self._mark(standing, is_closed=True)
+            self._orders.mark(standing, is_closed=True)
             for order in self._orders.policies(standing):
                 order.closed(standing)
 
@@ -163,7 +155,7 @@ class Placement:
         standing = self._standing(session, tenant)
         if standing.is_pinned == is_pinned:
             return
-        self._mark(standing, is_pinned=is_pinned)
+        self._orders.mark(standing, is_pinned=is_pinned)
         if not is_pinned and standing.is_idle and standing.num_turns:
             self._rests.resume(standing)
 
@@ -280,12 +272,6 @@ class Placement:
         for order in self._orders.of(standing):
             order.queued(standing)
         self._queue.note_fetch(standing)
-
-    def _mark(self, standing: Standing, **marks: bool) -> None:
-        self._orders.withdraw(standing)
-        for name, value in marks.items():
-            setattr(standing, name, value)
-        self._orders.restore(standing)
 
     def _crossed(self, standing: Standing, tier: Tier, num_bytes: int) -> None:
         """The session came into a tier, or left it."""
