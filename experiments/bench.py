@@ -3,6 +3,7 @@
 Knows how to serve and to repeat. Does not know what a trial is about.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from cachedattn_jax.engine.engine import Engine
 from cachedattn_jax.engine.request import Request
 from cachedattn_jax.engine.turn import Turn
 from cachedattn_jax.store.placement.tier import Tier
+from experiments.deadline import Deadline
 
 
 def noise(rng: np.random.Generator, num_tokens: int, vocab_size: int) -> list[int]:
@@ -77,20 +79,31 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def repeat(
-    trials: Mapping[str, Callable[[], float]], repeats: int, what: str
+    trials: Mapping[str, Callable[[], float]],
+    repeats: int,
+    what: str,
+    deadline: Deadline | None = None,
 ) -> dict[str, list[float]]:
     """Runs every trial once, then all of them again, so that drift hits all alike.
 
-    The first round is thrown away. Every second round goes backwards.
+    The first round is thrown away. Every second round goes backwards. Rounds after the
+    second are left out where the time is over.
     """
+    deadline = deadline or Deadline()
     results: dict[str, list[float]] = {name: [] for name in trials}
     with Progress(console=Console()) as progress:
         task = progress.add_task(what, total=(repeats + 1) * len(trials))
+        longest_s = 0.0
         for number in range(repeats + 1):
+            if number > 1 and deadline.left_s < longest_s:
+                deadline.left_out.append(f"round {number} of {what}")
+                continue
+            started = time.monotonic()
             names = list(trials) if number % 2 else list(trials)[::-1]
             for name in names:
                 value = trials[name]()
                 if number:
                     results[name].append(value)
                 progress.advance(task)
+            longest_s = max(longest_s, time.monotonic() - started)
     return results

@@ -6,6 +6,7 @@ Everything else that is measured on a device is held against these, measured in 
 same run. No page, model or engine takes part.
 """
 
+import math
 import os
 import tempfile
 import time
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cachedattn_jax.run_directory import RunDirectory
+from experiments.deadline import Deadline
 
 DIRECTIONS = (
     "pinned to device",
@@ -39,6 +41,7 @@ def run(
     total_bytes: int = 1 << 30,
     disk_bytes: int = 4 << 30,
     disk_root: str | None = None,
+    seconds: float = math.inf,
 ) -> dict:
     """Measures the default device, its links to host memory, and a disk.
 
@@ -49,9 +52,12 @@ def run(
         total_bytes: copied at each of these sizes, at most 64 blocks.
         disk_bytes, disk_root: size of the file written and read, and where; None for
             the run directory.
+        seconds: that it may take; what would take longer is left out.
     """
-    console = Console()
-    rows = [link_rates(size, total_bytes) for size in link_bytes]
+    console, deadline = Console(), Deadline(seconds)
+    rows = [
+        link_rates(size, total_bytes) for size in deadline.over(link_bytes, "blocks of")
+    ]
     first, again = first_touch_rates(total_bytes)
     run_directory.open()
     found = {
@@ -62,6 +68,7 @@ def run(
         "pinned_first_touch_bytes_s": first,
         "pinned_again_bytes_s": again,
         "disk": disk_rates(disk_bytes, disk_root or str(run_directory.path)),
+        "left_out": deadline.left_out,
         "claims": [],
     }
     table = Table(title="Links, GB/s by block", title_justify="left")

@@ -10,6 +10,7 @@ Expected on an H200: a prefill of 8K tokens at 55 % of the product or more; a de
 step dispatched in less time than the device needs for it.
 """
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from cachedattn_jax.model.config import preset
 from cachedattn_jax.run_directory import Claim, RunDirectory
+from experiments.deadline import Deadline
 from experiments.device_ceilings import copy_rate, product_rate
 from experiments.model_programs import ModelPrograms
 
@@ -35,6 +37,7 @@ def run(
     product_size: int = 8192,
     repeats: int = 5,
     seed: int = 0,
+    seconds: float = math.inf,
 ) -> dict:
     """Times a model's programs.
 
@@ -42,7 +45,9 @@ def run(
         prefill_cases: (new tokens, tokens of history), a program each.
         decode_cases: (batch, tokens of context); a batch is a power of two from 2 on.
         claim_tokens: of the prefill without history that a claim is about.
+        seconds: that it may take; what would take longer is left out.
     """
+    deadline = Deadline(seconds)
     config = preset(model, dtype="bfloat16", window=window)
     ceilings = {
         "copy_bytes_s": copy_rate(copy_bytes),
@@ -55,8 +60,14 @@ def run(
         config, page_tokens, layers_per_group, most, sizes, seats, seed
     )
     try:
-        prefills = [programs.time_prefill(*case, repeats) for case in prefill_cases]
-        decodes = [programs.time_decode(*case, repeats) for case in decode_cases]
+        decodes = [
+            programs.time_decode(*case, repeats)
+            for case in deadline.over(decode_cases, "decode")
+        ]
+        prefills = [
+            programs.time_prefill(*case, repeats)
+            for case in deadline.over(prefill_cases, "prefill")
+        ]
     finally:
         programs.close()
     for row in prefills:
@@ -71,6 +82,7 @@ def run(
         "ceilings": ceilings,
         "prefill": prefills,
         "decode": decodes,
+        "left_out": deadline.left_out,
         "claims": _claims(prefills, decodes, claim_tokens),
     }
 

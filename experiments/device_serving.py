@@ -12,6 +12,7 @@ the modes first differ is a claim.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from matplotlib.figure import Figure
@@ -49,6 +50,7 @@ def run(
     engine: EngineConfig = EngineConfig(),
     store: StoreConfig = StoreConfig(),
     seed: int = 0,
+    seconds: float = math.inf,
 ) -> dict:
     """Plays the workload in both modes and compares them.
 
@@ -56,6 +58,7 @@ def run(
         time_factor: arrivals and think times are multiplied by this.
         store: budgets of the cached mode. A `disk_root` that is not given is made
             inside the run directory.
+        seconds: it takes what it takes, since half of it compares nothing.
     """
     config = preset(model, dtype=dtype)
     params = init_params(config, seed)

@@ -11,6 +11,7 @@ Expected: what `EngineConfig` takes by default is within 5 % of the best of the 
 
 import dataclasses
 import functools
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -23,6 +24,7 @@ from cachedattn_jax.model.llama import init_params
 from cachedattn_jax.run_directory import Claim, RunDirectory
 from cachedattn_jax.store.budget import StoreConfig
 from experiments.bench import repeat
+from experiments.deadline import Deadline
 from experiments.preload_bench import AUTO, PreloadBench
 
 _ALONE = "d = 0"
@@ -42,18 +44,21 @@ def run(
     new: int = 128,
     repeats: int = 3,
     seed: int = 0,
+    seconds: float = math.inf,
 ) -> dict:
     """Measures every size.
 
     Args:
         sizes: (page_tokens, layers_per_group).
         default: the sizes that are taken by default on this platform.
+        seconds: that it may take; what would take longer is left out.
     """
+    deadline = Deadline(seconds)
     overrides = {} if window is None else {"window": window}
     config = preset(model, dtype=dtype, **overrides)
     params = init_params(config, seed)
     rows = []
-    for page_tokens, layers_per_group in sizes:
+    for page_tokens, layers_per_group in deadline.over(sizes, "size"):
         cut = dataclasses.replace(
             engine, page_tokens=page_tokens, layers_per_group=layers_per_group
         )
@@ -72,6 +77,7 @@ def run(
         "history_tokens": history,
         "new_tokens": new,
         "rows": rows,
+        "left_out": deadline.left_out,
         "claims": _claims(rows, default),
     }
 

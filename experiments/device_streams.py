@@ -9,9 +9,10 @@ Expected on CUDA: no copy between host and device on a stream that kernels run o
 least 80 % of the copy time covered by kernels.
 """
 
+import math
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -42,8 +43,13 @@ def run(
     history: int = 6144,
     new: int = 1024,
     seed: int = 0,
+    seconds: float = math.inf,
 ) -> dict:
-    """Profiles a turn of each direction: one that loads, then one that is saved."""
+    """Profiles a turn of each direction: one that loads, then one that is saved.
+
+    Args:
+        seconds: it takes what it takes.
+    """
     config = preset(model, dtype=dtype)
     params = init_params(config, seed)
     bench = PreloadBench(config, params, engine, [AUTO], history, new, store, seed)
@@ -52,23 +58,38 @@ def run(
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 bench.turn(AUTO, None)
-            streams = read_streams(Path(folder))
+            streams, longest = read_streams(Path(folder)), longest_kernels(Path(folder))
     finally:
         bench.close()
-    return summarise(streams)
+    return {**summarise(streams), "longest_kernels": longest}
 
 
 def read_streams(folder: Path) -> dict[str, dict[str, list[Span]]]:
     """Spans in seconds by stream and by what ran: a kind of copy, or "kernel"."""
-    streams: dict[str, dict[str, list[Span]]] = {}
+    return {name: _spans(events) for name, events in _events(folder)}
+
+
+def longest_kernels(folder: Path, count: int = 25) -> list[dict]:
+    """The kernels that took the most time in all."""
+    seconds: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for _, events in _events(folder):
+        for event in events:
+            seconds[event.name] += 1e-9 * event.duration_ns
+            calls[event.name] += 1
+    return [
+        {"name": name, "calls": calls[name], "seconds": taken}
+        for name, taken in seconds.most_common(count)
+    ]
+
+
+def _events(folder: Path) -> Iterator[tuple[str, list]]:
+    """What ran on each stream."""
     for path in folder.rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-            if not plane.name.startswith("/device:GPU"):
-                continue
-            for line in plane.lines:
+            for line in plane.lines if plane.name.startswith("/device:GPU") else ():
                 if line.name.startswith("Stream"):
-                    streams[f"{plane.name} {line.name}"] = _spans(line.events)
-    return streams
+                    yield f"{plane.name} {line.name}", list(line.events)
 
 
 def _spans(events: Iterable) -> dict[str, list[Span]]:

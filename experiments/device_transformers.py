@@ -13,6 +13,7 @@ It needs room for a second copy of the weights: XLA_PYTHON_CLIENT_PREALLOCATE=fa
 """
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -49,18 +50,20 @@ def run(
     max_reply: int = 16,
     program: str = "experiments.hugging_face_turns",
     seed: int = 0,
+    seconds: float = math.inf,
 ) -> dict:
     """Serves the conversations in every way.
 
     Args:
         max_reply: tokens of a reply that are decoded.
         program: the module that serves them with `transformers`.
+        seconds: that the other program may take.
     """
     overrides = {} if window is None else {"window": window}
     config = preset(model, dtype="bfloat16", **overrides)
     played = workload.scaled(1.0, config.window - 1)
     conversations = _conversations(played, config.vocab_size, max_reply, seed)
-    theirs = _theirs(program, config, conversations)
+    theirs = _theirs(program, config, conversations, seconds)
     rows = {f"transformers, {mode}": theirs.pop(mode) for mode in _THEIRS}
     params = init_params(config, seed)
     for way, loading in _OURS.items():
@@ -97,9 +100,17 @@ def _conversations(
 
 
 def _theirs(
-    program: str, config: LlamaConfig, conversations: Sequence[Conversation]
+    program: str,
+    config: LlamaConfig,
+    conversations: Sequence[Conversation],
+    seconds: float,
 ) -> dict:
-    """What the other program measured; RuntimeError with its last words if it fails."""
+    """What the other program measured.
+
+    Raises:
+        RuntimeError: with its last words, if it fails.
+        TimeoutExpired: it took too long.
+    """
     asked = {
         "conversations": conversations,
         "weight_bytes": 2 * config.num_parameters,
@@ -116,7 +127,11 @@ def _theirs(
     }
     command = [sys.executable, "-m", program]
     done = subprocess.run(
-        command, input=json.dumps(asked), capture_output=True, text=True
+        command,
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        timeout=None if math.isinf(seconds) else seconds,
     )
     if done.returncode:
         raise RuntimeError(f"{program} failed: {done.stderr.strip()[-500:]}")

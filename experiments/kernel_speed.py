@@ -11,6 +11,7 @@ prefill at 55 % of the matrix product or more at 8K tokens.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -22,6 +23,7 @@ from rich.table import Table
 from cachedattn_jax.model.config import preset
 from cachedattn_jax.run_directory import Claim, RunDirectory
 from experiments.contiguous_attention import decode_contiguous, prefill_contiguous
+from experiments.deadline import Deadline
 from experiments.device_ceilings import best_s, copy_rate, product_rate
 from experiments.kernel_errors import decode_errors, prefill_errors, random_pages
 from pallas_kernels.decode_attention import decode_attention
@@ -42,9 +44,11 @@ def run(
     decode_cases: Sequence[tuple[int, int]] = ((16, 8192),),
     prefill_cases: Sequence[tuple[int, int, int]] = ((1, 8192, 0),),
     interpret: bool = False,
+    is_checked: bool = True,
     copy_bytes: int = 4 << 30,
     product_size: int = 8192,
     seed: int = 0,
+    seconds: float = math.inf,
 ) -> dict[str, object]:
     """Checks and times attention on the default device.
 
@@ -55,10 +59,12 @@ def run(
         decode_cases: (batch, context tokens).
         prefill_cases: (batch, new tokens, tokens of history before them).
         interpret: run Pallas kernels in their interpreter, to try the experiment out.
+        is_checked: whether errors are measured, too.
         copy_bytes, product_size: size of the array copied and of the square matrices
             multiplied to find the ceilings.
+        seconds: that it may take; what would take longer is left out.
     """
-    console = Console()
+    console, deadline = Console(), Deadline(seconds)
     ceilings = {
         "copy_bytes_s": copy_rate(copy_bytes),
         "product_flops_s": product_rate(product_size),
@@ -68,18 +74,20 @@ def run(
     cases += [("prefill", case) for case in prefill_cases]
     todo = [
         (preset(model, dtype="bfloat16"), size, backend, kind, case)
-        for model in models
         for size in page_tokens
         for backend in backends
         for kind, case in cases
+        for model in models
     ]
     ours = [backend for backend in backends if backend != CONTIGUOUS]
     errors = []
-    for model in models:
-        config = preset(model, dtype="bfloat16")
+    for config in [preset(m, dtype="bfloat16") for m in models if is_checked]:
         errors += decode_errors(config, ours, page_tokens, interpret, seed)
-        errors += prefill_errors(config, ours, page_tokens, interpret, seed)
-    for config, size, backend, kind, case in track(todo, "timing", console=console):
+        both = (*ours, CONTIGUOUS)
+        errors += prefill_errors(config, both, page_tokens, interpret, seed)
+    for config, size, backend, kind, case in deadline.over(
+        track(todo, "timing", console=console)
+    ):
         row = {
             "heads": f"{config.num_heads}/{config.num_kv_heads}",
             "page_tokens": size,
@@ -102,6 +110,7 @@ def run(
         "ceilings": ceilings,
         "errors": errors,
         "rows": rows,
+        "left_out": [f"{len(todo) - len(rows)} cases"] if deadline.left_out else [],
         "claims": _claims(rows, errors, ceilings),
     }
 
@@ -110,10 +119,11 @@ def _claims(rows, errors, ceilings) -> list[Claim]:
     decode = _best(rows, "decode", [CLAIM_BATCH, CLAIM_TOKENS], "bytes_s")
     prefill = _best(rows, "prefill", [1, CLAIM_TOKENS, 0], "flops_s")
     worst: dict[str, float] = {}
-    for error in errors:
-        if "ratio" in error:
-            name = error["operation"]
-            worst[name] = max(worst.get(name, 0.0), error["ratio"])
+    for error in [error for error in errors if "ratio" in error]:
+        library = "library " if error["backend"] == CONTIGUOUS else ""
+        name = library + error["operation"]
+        worst[name] = max(worst.get(name, 0.0), error["ratio"])
+    ours, library_error = worst.get("prefill"), worst.get("library prefill")
     return [
         Claim(
             name="decode_share_of_copy",
@@ -134,6 +144,12 @@ def _claims(rows, errors, ceilings) -> list[Claim]:
             )
             for operation in ("decode", "prefill")
         ],
+        Claim(
+            name="prefill_error_over_that_of_cudnn_without_pages",
+            value=ours / library_error if ours and library_error else None,
+            target=1.1,
+            comparison="<=",
+        ),
     ]
 
 
@@ -171,7 +187,11 @@ def _time_prefill(config, page_tokens, backend, interpret, seed, batch, new, his
     starts = jnp.full(batch, history, jnp.int32)
     lengths = jnp.full(batch, context, jnp.int32)
     attend = functools.partial(
-        prefill_attention, layer=0, backend=backend, interpret=interpret
+        prefill_attention,
+        layer=0,
+        has_history=history > 0,
+        backend=backend,
+        interpret=interpret,
     )
     seconds = _chained(attend, query, pool, tables, starts, lengths, rope, calls=16)
     pairs = batch * (new * history + new * (new + 1) / 2)

@@ -13,6 +13,7 @@ group in the buffer takes one group's loading off, until only the computing is l
 paper: -35 % with an empty buffer, -61 % with 15 of 40 layers).
 """
 
+import math
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -28,6 +29,7 @@ from cachedattn_jax.model.config import preset
 from cachedattn_jax.model.llama import init_params
 from cachedattn_jax.run_directory import Claim, RunDirectory
 from cachedattn_jax.store.budget import StoreConfig
+from experiments.deadline import Deadline
 from experiments.device_ceilings import pinned_rate
 from experiments.preload_bench import AUTO, NO_PRELOAD, PreloadBench
 from experiments.preload_rows import measure
@@ -49,6 +51,7 @@ def run(
     other_order: str | None = None,
     repeats: int = 11,
     seed: int = 0,
+    seconds: float = math.inf,
 ) -> dict[str, object]:
     """Measures every depth of the read buffer at every ratio of load to compute.
 
@@ -59,7 +62,9 @@ def run(
         window: of the model, if not the preset's.
         depths: sizes of the read buffer, in layer groups.
         other_order: an `EngineConfig.put_order` that every depth is measured with, too.
+        seconds: that it may take; what would take longer is left out.
     """
+    deadline = Deadline(seconds)
     overrides = {} if window is None else {"window": window}
     config = preset(model, dtype=dtype, **overrides)
     buffers = [*[f"d = {depth}" for depth in depths], AUTO]
@@ -70,7 +75,7 @@ def run(
         config, init_params(config, seed), engine, modes, history, new, store, seed
     )
     try:
-        rows = measure(bench, modes, ratios, repeats)
+        rows = measure(bench, modes, ratios, repeats, deadline)
         figures = {"Time to first token": _plot(rows)}
         served = bench.engines[AUTO]
         run_directory.write_timeline(served.timeline.chrome_trace())
@@ -85,6 +90,7 @@ def run(
         "new_tokens": new,
         "layer_groups": bench.num_groups,
         "rows": rows,
+        "left_out": deadline.left_out,
         "claims": _claims(rows) + _order_claims(rows, other_order),
     }
     if not ratios:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from cachedattn_jax.engine.pipeline import least_finish_s, no_preload_s
 from cachedattn_jax.store.link import EmulatedLink
 from experiments.bench import repeat
+from experiments.deadline import Deadline
 from experiments.preload_bench import AUTO, NO_PRELOAD, PreloadBench
 
 
@@ -29,12 +30,14 @@ def measure(
     modes: Sequence[str],
     ratios: Sequence[float],
     repeats: int,
+    deadline: Deadline,
 ) -> list[dict]:
     """A row for every mode and ratio; medians over the repeats."""
     compute = repeat(
         {"compute": lambda: bench.turn("all", None).prefill_s or 0.0},
         repeats,
         "computing alone",
+        deadline,
     )["compute"]
     compute_s = statistics.median(compute)
     rows = []
@@ -62,7 +65,7 @@ def measure(
         }
         trials["all"] = lambda: bench.turn("all", None).prefill_s or 0.0
         what = "real link" if ratio is None else f"load {ratio:g} x compute"
-        walls = repeat(trials, repeats, what)
+        walls = repeat(trials, repeats, what, deadline)
         # Where nothing overlaps, what it takes is the load alone.
         load_s = statistics.median(d.load_s for d in details[NO_PRELOAD][1:])
         if ratio is not None:

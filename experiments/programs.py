@@ -76,7 +76,10 @@ def kernel_programs(at: Shapes) -> Iterator[Program]:
         name=f"prefill_attention, page {at.page_tokens}",
         mesh=at.mesh,
         function=functools.partial(
-            prefill_attention, layer=0, backend=at.kernels.prefill
+            prefill_attention,
+            layer=0,
+            has_history=at.kernels.prefill != "cudnn",
+            backend=at.kernels.prefill,
         ),
         arguments=(
             query,
@@ -129,7 +132,11 @@ def model_programs(at: Shapes) -> Iterator[Program]:
         name="prefill_group",
         mesh=at.mesh,
         function=functools.partial(
-            prefill_group, model, kernels=at.kernels, mesh=at.shared_mesh
+            prefill_group,
+            model,
+            has_history=at.kernels.prefill != "cudnn",
+            kernels=at.kernels,
+            mesh=at.shared_mesh,
         ),
         arguments=(
             params.layers[:1],

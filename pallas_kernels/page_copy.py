@@ -39,7 +39,8 @@ def install_pages(
     slots: Int[Array, " pages"],
 ) -> Shaped[Array, "slots layers kv_heads 2 page_tokens head_dim"]:
     """Writes arrived pages into their slots; in place when `pool` is donated."""
-    return pool.at[slots].set(pages, mode="drop")
+    slots = _distinct(slots, pool.shape[0])
+    return pool.at[slots].set(pages, mode="drop", unique_indices=True)
 
 
 def extract_pages(
@@ -53,6 +54,16 @@ def extract_pages(
     if resolve_backend(backend, AUTO) == "mosaic_tpu":
         return tpu_page_copy.extract_pages(pool, slots, interpret=interpret)
     return pool.at[slots].get(mode="clip")
+
+
+def _distinct(slots: Int[Array, "*shape"], num_slots: int) -> Int[Array, "*shape"]:
+    """Slots of which those past the pool differ, too.
+
+    Told that no two writes meet, XLA for CUDA writes whole vectors; else it writes
+    element by element with atomic stores.
+    """
+    past = num_slots + jnp.arange(slots.size, dtype=slots.dtype).reshape(slots.shape)
+    return jnp.where(slots < num_slots, slots, past)
 
 
 def append_tokens(
@@ -86,17 +97,20 @@ def append_tokens(
     pages = starts[:, None] // page_tokens + jnp.arange(num_pages)
     written = pages * page_tokens < lengths[:, None]
     table = jnp.take_along_axis(page_tables, pages, axis=1, mode="clip")
-    slots = jnp.where(written, table, pool.shape[0])
+    slots = _distinct(jnp.where(written, table, pool.shape[0]), pool.shape[0])
 
     backend = resolve_backend(backend, AUTO)
     if new_tokens == 1 and backend != "xla":
         slots = jnp.where(starts < lengths, slots[:, 0], pool.shape[0])
+        slots = _distinct(slots, pool.shape[0])
         token, offset = tokens[:, 0], offset[:, 0]
         if backend == "mosaic_tpu":
             return tpu_page_copy.append_token(
                 pool, token, slots, offset, layer=layer, interpret=interpret
             )
-        return pool.at[slots, layer, :, :, offset].set(token, mode="drop")
+        return pool.at[slots, layer, :, :, offset].set(
+            token, mode="drop", unique_indices=True
+        )
 
     position = pages[..., None] * page_tokens + jnp.arange(page_tokens)
     token = position - starts[:, None, None]
@@ -114,7 +128,7 @@ def append_tokens(
     else:
         stored = pool.at[table, layer].get(mode="clip")
     merged = jnp.where(is_new[:, :, None, None, :, None], fresh, stored)
-    return pool.at[slots, layer].set(merged, mode="drop")
+    return pool.at[slots, layer].set(merged, mode="drop", unique_indices=True)
 
 
 def move_tokens(
@@ -140,4 +154,4 @@ def move_tokens(
     key = rotate(tokens[..., 0, :], cos[:, :, None, None], sin[:, :, None, None])
     tokens = jnp.stack([key, tokens[..., 1, :]], axis=-2)
     pages = jnp.moveaxis(to_storage(tokens, pool.dtype), 1, 4)
-    return pool.at[slots].set(pages, mode="drop")
+    return install_pages(pool, pages, slots)

@@ -27,6 +27,9 @@ from pallas_kernels.backends import (
 )
 from pallas_kernels.rope import RopeTables
 
+# From so many new tokens on it pays to say that they have no history.
+FRESH_TOKENS = 2048
+
 
 @no_type_check  # callers' mistakes are told in words of ours
 def prefill_attention(
@@ -40,6 +43,7 @@ def prefill_attention(
     layer: int,
     window: int | None = None,
     soft_cap: float | None = None,
+    has_history: bool = True,
     backend: str = "auto",
     blocks: Blocks = DEFAULT_BLOCKS,
     interpret: bool = False,
@@ -54,9 +58,10 @@ def prefill_attention(
     Args:
         window: tokens that each token sees, itself included; None for all.
         soft_cap: scores become soft_cap * tanh(score / soft_cap).
+        has_history: False promises that all `starts` are 0.
         backend: one of `backends.BACKENDS`, or "auto" for the one of the platform: on
-            CUDA cuDNN for 2048 new tokens and more, on Hopper Mosaic GPU for fewer, and
-            Triton for what these cannot do.
+            CUDA cuDNN for `FRESH_TOKENS` new tokens and more without a history, on
+            Hopper Mosaic GPU for all else, and Triton for what these cannot do.
         interpret: run a Pallas kernel in its interpreter, on any platform.
 
     Raises:
@@ -72,7 +77,7 @@ def prefill_attention(
     arguments = query, pool, page_tables, starts, lengths, rope
     resolved = resolve_backend(backend, AUTO)
     if backend == "auto" and resolved == "triton":
-        resolved = _best_on_cuda(query, pool, options)
+        resolved = _best_on_cuda(query, pool, options, has_history)
     match resolved:
         case "xla":
             return xla_attention.prefill(*arguments, **options)
@@ -87,23 +92,27 @@ def prefill_attention(
                 *arguments, **options, interpret=interpret
             )
         case "cudnn":
-            return cudnn_attention.prefill(*arguments, **options)
+            require(
+                not has_history, "cudnn", "a history: its causal mask has no offset"
+            )
+            return cudnn_attention.prefill(
+                query, pool, page_tables, lengths, rope, **options
+            )
         case other:
             require(False, other, "prefill_attention")
 
 
-def _best_on_cuda(query, pool, options) -> str:
+def _best_on_cuda(query, pool, options, has_history) -> str:
     """The fastest implementation that can do it, by an H200.
 
-    8K tokens of context, 32 heads, 8 kv heads; Triton, Mosaic GPU and cuDNN take 104,
-    83 and 237 us for 128 new tokens, 294, 199 and 230 for 512, 864, 555 and 541 for 2K,
-    1907, 1279 and 1184 for 8K.
+    8K tokens of context, 32 heads, 8 kv heads; Triton and Mosaic GPU take 104 and 83 us
+    for 128 new tokens, 294 and 199 for 512, 864 and 555 for 2K, 1907 and 1279 for 8K.
     """
     plain = options["window"] is None and options["soft_cap"] is None
     narrow = query.dtype == pool.dtype == jnp.bfloat16
     if not (plain and narrow and query.shape[-1] in (64, 128)):
         return "triton"
-    if query.shape[1] >= 2048:
+    if query.shape[1] >= FRESH_TOKENS and not has_history:
         return "cudnn"
     has_pages_it_can = pool.shape[4] in (16, 32, 64, 128, 256)
     return "mosaic_gpu" if _is_hopper() and has_pages_it_can else "triton"

@@ -83,9 +83,10 @@ def rotate_to(
     position: Int[Array, "batch tokens"],
     rope: RopeTables,
 ) -> Float[Array, "batch tokens heads head_dim"]:
-    """R(position) x, as a rotation by whole pages and one by the offset in a page."""
+    """R(position) x, by the angle of the whole pages plus that of the offset in one."""
     page, offset = position // rope.page_tokens, position % rope.page_tokens
-    x = rotate(x, rope.page_cos[page][:, :, None], rope.page_sin[page][:, :, None])
-    return rotate(
-        x, rope.offset_cos[offset][:, :, None], rope.offset_sin[offset][:, :, None]
-    )
+    page_cos, page_sin = rope.page_cos[page], rope.page_sin[page]
+    offset_cos, offset_sin = rope.offset_cos[offset], rope.offset_sin[offset]
+    cos = page_cos * offset_cos - page_sin * offset_sin
+    sin = page_sin * offset_cos + page_cos * offset_sin
+    return rotate(x, cos[:, :, None], sin[:, :, None])

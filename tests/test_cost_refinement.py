@@ -1,6 +1,7 @@
 """What a cost model learns from prefills and copies that happen."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -73,3 +74,40 @@ def test_small_copies_and_empty_prefills_teach_nothing():
     model = cost_model(no_disk)
     model.observe_load("disk", 1 << 24, 10.0)
     assert model.constants == no_disk
+
+
+def test_a_link_that_only_seemed_slow_is_tried_again():
+    model = cost_model()
+    for _ in range(40):
+        model.observe_load("host", 1 << 24, 1e3)
+    turns = 0
+    while model.decide(["host"] * 20, 400).choice == "recompute":
+        model.observe_no_load()
+        turns += 1
+    assert 10 < turns < 200
+    model.observe_load("host", 1 << 24, CONSTANTS.host_to_device.seconds(1 << 24))
+    assert model.decide(["host"] * 20, 400).choice != "recompute"
+
+
+def test_a_link_that_became_slow_is_seldom_tried_and_with_few_pages():
+    model, choices = cost_model(), Counter()
+    true_s = 2000 * CONSTANTS.host_to_device.seconds(1 << 24)
+    for _ in range(500):
+        choice = model.decide(["host"] * 20, 400).choice
+        choices[choice] += 1
+        if choice == "recompute":
+            model.observe_no_load()
+        else:
+            model.observe_load("host", 1 << 24, true_s)
+    assert 0 < choices["load"] < 10 < choices["load_prefix"] < 150
+
+
+def test_copies_of_a_turn_that_overlap_count_as_one_observation():
+    model = cost_model()
+    link = CONSTANTS.host_to_device
+    num_bytes, copies = 1 << 26, 8
+    together_s = copies * link.latency_s + num_bytes / link.bytes_per_s
+    model.observe_load("host", num_bytes, together_s, copies)
+    learnt = model.constants
+    assert learnt is not None
+    assert learnt.host_to_device.bytes_per_s == pytest.approx(link.bytes_per_s)

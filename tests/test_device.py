@@ -1,6 +1,7 @@
 """The measurements on a device: how parts are kept, and what is read from a trace."""
 
 import json
+import math
 
 import pytest
 
@@ -9,8 +10,11 @@ from cachedattn_jax.model.config import preset
 from cachedattn_jax.run_directory import Claim, RunDirectory
 from cachedattn_jax.store.budget import StoreConfig
 from experiments import device, device_ceilings, device_links
+from experiments.deadline import Deadline
 from experiments.device_streams import covered_s, summarise
 from experiments.model_programs import prefill_flops
+
+MISSING = "parts missing or cut off"
 
 
 def claim(value: float) -> Claim:
@@ -22,45 +26,76 @@ def test_a_part_that_fails_takes_nothing_with_it_and_a_resumed_run_keeps_the_res
 ):
     calls = []
 
-    def good(directory: RunDirectory) -> dict:
+    def good(directory: RunDirectory, seconds: float) -> dict:
         calls.append("good")
         return {"rate": 3.0, "claims": [claim(2.0)]}
 
-    def flaky(directory: RunDirectory) -> dict:
+    def flaky(directory: RunDirectory, seconds: float) -> dict:
         calls.append("flaky")
         if calls.count("flaky") == 1:
             raise RuntimeError("out of memory")
         return {"claims": [claim(0.5)]}
 
-    parts = {"flaky": flaky, "good": good}
+    parts = {"flaky": (flaky, 9.0), "good": (good, 9.0)}
     first = device.run(RunDirectory(tmp_path), parts=parts)
     assert first["missing"] == {"flaky": "RuntimeError: out of memory"}
     by_name = {c.name: c for c in first["claims"]}
-    assert by_name["good: speed"].holds and not by_name["parts measured"].holds
+    assert by_name["good: speed"].holds and not by_name[MISSING].holds
 
     again = device.run(RunDirectory(tmp_path), parts=parts, is_resuming=True)
     assert calls == ["flaky", "good", "flaky"]
     assert again["parts"]["good"]["rate"] == 3.0 and not again["missing"]
     by_name = {c.name: c for c in again["claims"]}
-    assert by_name["parts measured"].holds and not by_name["flaky: speed"].holds
+    assert by_name[MISSING].holds and not by_name["flaky: speed"].holds
 
 
 def test_a_part_of_another_commit_or_device_is_measured_again(tmp_path):
     calls = []
 
-    def part(directory: RunDirectory) -> dict:
+    def part(directory: RunDirectory, seconds: float) -> dict:
         calls.append(1)
         return {"claims": []}
 
-    device.run(RunDirectory(tmp_path), parts={"part": part})
+    device.run(RunDirectory(tmp_path), parts={"part": (part, 9.0)})
     path = tmp_path / "part" / "summary.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "device": "other"}))
-    device.run(RunDirectory(tmp_path), parts={"part": part}, is_resuming=True)
+    device.run(RunDirectory(tmp_path), parts={"part": (part, 9.0)}, is_resuming=True)
     assert len(calls) == 2
 
 
+def test_a_part_that_is_cut_off_keeps_what_it_has_and_is_measured_again(tmp_path):
+    limits = []
+
+    def part(directory: RunDirectory, seconds: float) -> dict:
+        limits.append(seconds)
+        deadline = Deadline(0.0 if len(limits) == 1 else math.inf)
+        rows = list(deadline.over([1, 2, 3], "case"))
+        return {"rows": rows, "left_out": deadline.left_out, "claims": [claim(2.0)]}
+
+    parts = {"part": (part, 9.0)}
+    first = device.run(RunDirectory(tmp_path), parts=parts, seconds=5.0)
+    assert first["missing"] == {"part": "out of time for case 2, case 3"}
+    assert first["parts"]["part"]["rows"] == [1] and first["claims"][0].holds
+    assert not first["claims"][-1].holds
+    for _ in range(2):
+        again = device.run(RunDirectory(tmp_path), parts=parts, is_resuming=True)
+        assert again["parts"]["part"]["rows"] == [1, 2, 3] and not again["missing"]
+    assert limits == [pytest.approx(5.0, abs=1.0), 9.0]
+
+
+def test_a_deadline_leaves_out_what_would_not_end_in_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    deadline, done = Deadline(10.0), []
+    for seconds in deadline.over([2.0, 5.0, 1.0, 1.0]):
+        now[0] += seconds
+        done.append(seconds)
+    assert done == [2.0, 5.0] and deadline.left_out == ["1.0", "1.0"]
+    assert deadline.left_s == 3.0
+
+
 def test_no_part_begins_when_the_time_is_over_and_names_are_checked(tmp_path):
-    parts = {"part": lambda directory: {"claims": []}}
+    parts = {"part": (lambda directory, seconds: {"claims": []}, 9.0)}
     late = device.run(RunDirectory(tmp_path), parts=parts, seconds=-1.0)
     assert "not begun" in late["missing"]["part"]
     with pytest.raises(ValueError, match="only='parts' is not one of part"):

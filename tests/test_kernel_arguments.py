@@ -22,6 +22,8 @@ from tests.paged_inputs import (
     row_errors,
 )
 
+FRESH = {"has_history": False}
+
 
 def call(change, *, prefill=False, **options):
     """One attention call with a few arguments replaced; shapes only are computed."""
@@ -92,9 +94,10 @@ def test_starts_of_another_batch_are_refused():
         ("triton", True, {"page_tokens": 8}, {}, "page_tokens=8"),
         ("triton", False, {"storage": "uint16", "dtype": "bfloat16"}, {}, "uint16"),
         ("cudnn", False, {}, {}, "decode_attention"),
-        ("cudnn", True, {}, {}, "float32"),
-        ("cudnn", True, {"dtype": "bfloat16"}, {"window": 9}, "window"),
-        ("cudnn", True, {"dtype": "bfloat16", "head_dim": 256}, {}, "head_dim=256"),
+        ("cudnn", True, {}, {}, "history"),
+        ("cudnn", True, {}, FRESH, "float32"),
+        ("cudnn", True, {"dtype": "bfloat16"}, FRESH | {"window": 9}, "window"),
+        ("cudnn", True, {"dtype": "bfloat16", "head_dim": 256}, FRESH, "head_dim=256"),
         ("mosaic_tpu", False, {"head_dim": 48}, {}, "head_dim"),
         ("mosaic_tpu", True, {"head_dim": 48}, {}, "head_dim"),
     ],

@@ -30,3 +30,15 @@ def test_chunks_are_as_large_as_they_can_be():
     assert plan_chunks(250, SIZES) == [(250, 256)]
     assert plan_chunks(17, SIZES) == [(17, 32)]
     assert plan_chunks(3, SIZES) == [(3, 16)]
+
+
+def test_where_a_call_costs_much_there_are_fewer_of_them():
+    sizes = (128, 512, 2048)
+    for num_tokens, cheap, dear in (
+        (524, 2, 2),
+        (870, 4, 2),
+        (1600, 4, 1),
+        (100, 1, 1),
+    ):
+        assert len(plan_chunks(num_tokens, sizes, call_tokens=28)) == cheap
+        assert len(plan_chunks(num_tokens, sizes, call_tokens=400)) == dear

@@ -99,11 +99,11 @@ def test_prefill_matches_dense_attention(
     assert prefill_error(output, problem, starts, **mask) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("starts", [[0, 0, 0], [1, 16, 40]])
-def test_the_cudnn_path_matches_dense_attention(starts):
-    """cuDNN itself needs a GPU; the same two calls and their merge run on XLA."""
+def test_the_cudnn_path_matches_dense_attention():
+    """cuDNN itself needs a GPU; the same call runs on XLA."""
+    starts = [0, 0, 0]
     problem = make_problem(
-        [start + new for start, new in zip(starts, (9, 33, 20), strict=True)],
+        [9, 33, 20],
         page_tokens=16,
         head_dim=64,
         dtype="bfloat16",
@@ -113,7 +113,6 @@ def test_the_cudnn_path_matches_dense_attention(starts):
             new_queries(problem, starts),
             problem.pool,
             problem.page_tables,
-            ints(*starts),
             problem.lengths,
             problem.rope,
             layer=1,

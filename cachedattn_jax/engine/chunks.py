@@ -2,26 +2,29 @@
 
 import functools
 
-# What one more call of the prefill programs costs, in tokens: 28 M parameters on 2 CPU
-# cores took 8.5 ms for 16 tokens and 18 ms for 64.
-_CALL_TOKENS = 28
+# What one more call of the prefill programs costs, in tokens, on CPU: 28 M parameters
+# on 2 cores took 8.5 ms for 16 tokens and 18 ms for 64.
+CALL_TOKENS = 28
 
 
-def plan_chunks(num_tokens: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
+def plan_chunks(
+    num_tokens: int, sizes: tuple[int, ...], call_tokens: int = CALL_TOKENS
+) -> list[tuple[int, int]]:
     """Cuts a prompt into (tokens, program size) pieces at the least cost.
 
     Whole pieces of the largest size first; the rest in the pieces whose padded tokens,
-    plus `_CALL_TOKENS` for each piece, are fewest.
+    plus `call_tokens` for each piece, are fewest.
     """
     largest = max(sizes)
     num_whole = max(0, num_tokens - largest) // largest
     rest = num_tokens - num_whole * largest
-    return [(largest, largest)] * num_whole + _cheapest(rest, tuple(sorted(sizes)))[1]
+    pieces = _cheapest(rest, tuple(sorted(sizes)), call_tokens)[1]
+    return [(largest, largest)] * num_whole + pieces
 
 
 @functools.lru_cache(maxsize=4096)
 def _cheapest(
-    num_tokens: int, sizes: tuple[int, ...]
+    num_tokens: int, sizes: tuple[int, ...], call_tokens: int
 ) -> tuple[int, list[tuple[int, int]]]:
     """(cost, pieces) of the cheapest plan."""
     if not num_tokens:
@@ -30,6 +33,6 @@ def _cheapest(
     # Each size as the last piece, filled or padded; what is left comes before it.
     for size in sizes:
         tokens = min(num_tokens, size)
-        cost, pieces = _cheapest(num_tokens - tokens, sizes)
-        plans.append((cost + size + _CALL_TOKENS, [(tokens, size), *pieces]))
+        cost, pieces = _cheapest(num_tokens - tokens, sizes, call_tokens)
+        plans.append((cost + size + call_tokens, [(tokens, size), *pieces]))
     return min(plans, key=lambda plan: plan[0])

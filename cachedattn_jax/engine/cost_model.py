@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from cachedattn_jax.engine.chunks import CALL_TOKENS
 from cachedattn_jax.engine.cost_constants import ChunkCost, Constants, Link
 from cachedattn_jax.engine.decision import Decision, best_decision
 from cachedattn_jax.engine.pipeline import equal_groups_finish_s, read_buffer_groups
@@ -20,8 +21,12 @@ _TIERS = {"device": 0, "host": 1, "disk": 2}
 # Weight of a new observation.
 _WEIGHT = 0.2
 # An observation counts as at most this many times more, or less, than the estimate, so
-# that one moves it by 1.8 at most: turns are delayed now and then by what is not ours.
+# that one moves it by 1.4 at most: turns are delayed now and then by what is not ours.
 _OUTLIER = 5.0
+# How far an estimate of a link goes back to what was measured, for every turn that
+# loads nothing. A link that only seemed slow is tried again after tens of turns; one
+# that became slow is tried by one turn in five, with a page or two.
+_DOUBT = 1 / 64
 # Below this, a copy measures the latency and not the bandwidth.
 _LEAST_BYTES = 64 * 1024
 
@@ -35,6 +40,7 @@ class CostModel:
         page_bytes: bytes of a page, all layer groups.
         num_groups: layer groups, which are copied one by one.
         chunk_sizes: sizes of the compiled prefill programs, in tokens.
+        call_tokens: see `plan_chunks`.
 
     Raises:
         ValueError: a number is below 1, or a program size was not measured.
@@ -48,6 +54,7 @@ class CostModel:
         page_bytes: int,
         num_groups: int,
         chunk_sizes: tuple[int, ...],
+        call_tokens: int = CALL_TOKENS,
     ) -> None:
         if min(page_tokens, page_bytes, num_groups, *chunk_sizes) < 1:
             raise ValueError("pages, groups and programs must have at least 1 of each")
@@ -55,16 +62,21 @@ class CostModel:
         self._page_bytes = page_bytes
         self._num_groups = num_groups
         self._chunk_sizes = chunk_sizes
+        self._call_tokens = call_tokens
         self._constants: Constants | None = None
         self._prefill_factor = 1.0
+        self._link_factors = {"host_to_device": 1.0, "disk_read": 1.0}
         self._prefill_cost: PrefillCost | None = None
         if constants is not None:
             self.calibrate(constants)
 
     def calibrate(self, constants: Constants) -> None:
         """Starts anew from measured constants."""
-        self._prefill_cost = PrefillCost(constants.prefill, self._chunk_sizes)
+        self._prefill_cost = PrefillCost(
+            constants.prefill, self._chunk_sizes, self._call_tokens
+        )
         self._prefill_factor, self._constants = 1.0, constants
+        self._link_factors = dict.fromkeys(self._link_factors, 1.0)
 
     @property
     def constants(self) -> Constants | None:
@@ -76,7 +88,8 @@ class CostModel:
             size: ChunkCost(factor * cost.base_s, factor * cost.s_per_context_token)
             for size, cost in self._constants.prefill.items()
         }
-        return replace(self._constants, prefill=prefill)
+        links = {name: self._link(name) for name in self._link_factors}
+        return replace(self._constants, prefill=prefill, **links)
 
     def prefill_s(self, num_tokens: int, start: int) -> float:
         """Compute seconds of tokens from position `start`; ValueError if unmeasured."""
@@ -187,33 +200,52 @@ class CostModel:
             self._prefill_factor *= _step(seconds / predicted)
 
     def observe_load(
-        self, tier: Literal["host", "disk"], num_bytes: int, seconds: float
+        self,
+        tier: Literal["host", "disk"],
+        num_bytes: int,
+        seconds: float,
+        num_copies: int = 1,
     ) -> None:
-        """Refines the bandwidth by one copy from a tier to the next faster one."""
-        constants = self._constants
+        """Refines the bandwidth by what a turn loaded from a tier to the next faster
+        one.
+
+        Args:
+            seconds: during which copies were under way; they may overlap each other.
+        """
         garbage = num_bytes < _LEAST_BYTES or not 0 < seconds < math.inf
-        if constants is None or garbage:
-            return
         name = "host_to_device" if tier == "host" else "disk_read"
-        link: Link | None = getattr(constants, name)
-        if link is None:
+        link = self._link(name)
+        if link is None or garbage:
             return
-        # A copy faster than the latency alone has a cost per byte below 0: an outlier.
-        observed = (seconds - link.latency_s) * link.bytes_per_s / num_bytes
-        link = replace(link, bytes_per_s=link.bytes_per_s / _step(observed))
-        self._constants = replace(constants, **{name: link})
+        # Copies faster than their latencies alone have a cost per byte below 0: an
+        # outlier.
+        latencies_s = num_copies * link.latency_s
+        observed = (seconds - latencies_s) * link.bytes_per_s / num_bytes
+        self._link_factors[name] *= _step(observed)
+
+    def observe_no_load(self) -> None:
+        """A turn did without what was stored: what is known of the links gets old."""
+        for name, factor in self._link_factors.items():
+            self._link_factors[name] = factor ** (1 - _DOUBT)
+
+    def _link(self, name: str) -> Link | None:
+        """A link as refined so far; None where it was not measured."""
+        link: Link | None = getattr(self._constants, name, None)
+        if link is None:
+            return None
+        return replace(link, bytes_per_s=link.bytes_per_s / self._link_factors[name])
 
     def _load(self, host_pages: np.ndarray, disk_pages: np.ndarray) -> np.ndarray:
         """`load_s` by case."""
-        constants = self._constants
-        if constants is None:
+        link, disk = self._link("host_to_device"), self._link("disk_read")
+        if link is None:
             raise ValueError("nothing was measured")
-        to_device = self._link_s(constants.host_to_device, host_pages + disk_pages)
+        to_device = self._link_s(link, host_pages + disk_pages)
         if not disk_pages.any():
             return to_device
-        if constants.disk_read is None:
+        if disk is None:
             raise ValueError("the disk was not measured")
-        from_disk = self._link_s(constants.disk_read, disk_pages)
+        from_disk = self._link_s(disk, disk_pages)
         faster = np.minimum(to_device, from_disk)
         return np.maximum(to_device, from_disk) + faster / self._num_groups
 
@@ -231,5 +263,7 @@ class CostModel:
 
 
 def _step(ratio: float) -> float:
-    """By how much an observation moves an estimate, given their ratio."""
-    return 1.0 + _WEIGHT * (min(max(ratio, 1 / _OUTLIER), _OUTLIER) - 1.0)
+    """By how much an observation moves an estimate, given their ratio: as far down as
+    up.
+    """
+    return min(max(ratio, 1 / _OUTLIER), _OUTLIER) ** _WEIGHT

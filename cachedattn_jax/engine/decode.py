@@ -138,4 +138,5 @@ class Decode:
         self.last_tokens, sampled = _choose(
             self.last_tokens, logits, seats, sampling, positions
         )
+        sampled.send()
         return sampled

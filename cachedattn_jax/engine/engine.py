@@ -74,6 +74,7 @@ class Engine:
             page_bytes=layout.page_bytes,
             num_groups=layout.num_groups,
             chunk_sizes=sizes.chunk_tokens,
+            call_tokens=sizes.call_tokens,
         )
         pool, num_pages = self.store.pool, layout.num_pages(model.window)
         rope = rope_tables(
@@ -90,6 +91,7 @@ class Engine:
             rope,
             pool,
             chunk_tokens=sizes.chunk_tokens,
+            call_tokens=sizes.call_tokens,
             puts_first=(is_usual if order == "auto" else order) == "put_first",
             watcher=self.store.watchers["compute"],
             kernels=self.config.kernels,
@@ -223,7 +225,8 @@ class Engine:
         Args:
             progress: called with what is compiled, how many are done, and of how many.
         """
-        warm_up(self._prefill, self._decode, self.store.pool, progress)
+        pinned = self.store.config.num_pinned_bytes
+        warm_up(self._prefill, self._decode, self.store.pool, pinned, progress)
         if self.config.reuse == "cached" and self.config.loading == "auto":
             self.calibrate()
 

@@ -6,6 +6,7 @@ Knows choices and their limits. Imports no jax beyond what names a kernel.
 from dataclasses import dataclass, replace
 from typing import Literal, no_type_check
 
+from cachedattn_jax.engine.chunks import CALL_TOKENS
 from cachedattn_jax.engine.truncation import TruncationConfig
 from pallas_kernels.backends import Kernels
 
@@ -27,21 +28,31 @@ _CHOICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The sizes of an engine, as numbers; see `EngineConfig`."""
+    """The sizes of an engine, as numbers; see `EngineConfig`.
+
+    Attributes:
+        call_tokens: what one more call of a prefill program costs; see `plan_chunks`.
+    """
 
     page_tokens: int
     layers_per_group: int
     chunk_tokens: tuple[int, ...]
+    call_tokens: int = CALL_TOKENS
 
 
-# What "auto" means. On one H200 with Llama-3-8B, 128 new tokens on 6K in host memory:
-# 39 ms with 1 layer a group, 16.5 with 4, 16.0 with 8 (but the first group comes
-# later). Pages of 64 tokens are the least that all Hopper kernels take; decode then
-# reads 91 % of what a copy moves on one H100. There prefills do 221 TFLOP/s in programs
-# of 128 tokens, 459 of 512, 546 of 2,048. TPUs take the same and were never timed.
+# What "auto" means. Llama-3-8B, 128 new tokens on 6K in host memory: on one H200 39 ms
+# with 1 layer a group, 16.5 with 4, 16.0 with 8; on one H100, whose host was slower,
+# 22.0 with 4 and 14.9 with 8, and 27.7 and 22.6 without another turn before it. Pages
+# of 64 tokens are the least that all Hopper kernels take; decode then reads 93 % of
+# what a copy moves on one H100. A call of a prefill program reads all weights: there
+# 9.4 ms for 128 tokens of Llama-3-8B, 15.4 for 512, 43.7 for 2,048; 14.8 and 41.5 for
+# 128 and 1,024 of Llama-2-13B. TPUs take the same and were never timed.
 _ON_CPU = Sizes(page_tokens=16, layers_per_group=1, chunk_tokens=(16, 64, 256))
 _ON_ACCELERATORS = Sizes(
-    page_tokens=64, layers_per_group=4, chunk_tokens=(128, 512, 2048)
+    page_tokens=64,
+    layers_per_group=8,
+    chunk_tokens=(128, 512, 2048),
+    call_tokens=400,
 )
 
 

@@ -18,6 +18,7 @@ from cachedattn_jax.engine.turn import Turn
 from cachedattn_jax.store.chain import Chain
 from cachedattn_jax.store.groupwise_save import GroupwiseSave
 from cachedattn_jax.store.lease import Lease
+from cachedattn_jax.store.link import Copy
 from cachedattn_jax.store.page import PageKey, Tail
 from cachedattn_jax.store.truncation import Context, Truncation, truncations_before
 from cachedattn_jax.timeline import Timeline, busy_s
@@ -149,12 +150,10 @@ class Job:
         """Lets the cost model learn from the prefill, whose events were noted."""
         assert self.prefill is not None
         inbound, cached = self.lease.inbound, self.lease.cached_tokens
-        for copy in inbound.reads:
-            start, end = copy.span
-            cost_model.observe_load("disk", copy.num_bytes, end - start)
-        for copy in inbound.puts:
-            start, end = copy.span
-            cost_model.observe_load("host", copy.num_bytes, end - start)
+        cost_model.observe_load("disk", *_flow(inbound.reads))
+        cost_model.observe_load("host", *_flow(inbound.unhindered))
+        if self.decision.choice == "recompute":
+            cost_model.observe_no_load()
         if not inbound.loads:
             ((start, end),) = _in_order(self.prefill.computes)
             cost_model.observe_prefill(self.prefill.num_tokens, cached, end - start)
@@ -194,6 +193,12 @@ class Job:
             if arrived > free:
                 details = {"turn": self.name, "group": group}
                 timeline.add("wait", "wait", free, arrived, **details)
+
+
+def _flow(copies: Sequence[Copy]) -> tuple[int, float, int]:
+    """Bytes, seconds during which any was under way, and how many."""
+    seconds = busy_s(copy.span for copy in copies)
+    return sum(copy.num_bytes for copy in copies), seconds, len(copies)
 
 
 def _in_order(work: Sequence) -> list[tuple[float, float]]:

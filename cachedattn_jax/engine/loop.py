@@ -66,11 +66,12 @@ class Loop:
         return self._ending.totals
 
     def step(self) -> None:
-        """Advances every turn that can advance; the whole design in five calls."""
+        """Advances every turn that can advance; the whole design in six calls."""
         self._look_ahead()
         self._start_next()
         self._prefill_groups()
         self._decode_batch()
+        self._store.poll()  # starts saves while the device has work
         self._collect(leave=1)
 
     def stop(self) -> None:

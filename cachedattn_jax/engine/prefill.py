@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
-from cachedattn_jax.engine.chunks import plan_chunks
+from cachedattn_jax.engine.chunks import CALL_TOKENS, plan_chunks
 from cachedattn_jax.engine.prefill_run import Chunk, PrefillRun
 from cachedattn_jax.engine.rewrite import Rewrite
 from cachedattn_jax.engine.sampling import Sampled, SamplingBatch, sample
@@ -23,10 +23,14 @@ from cachedattn_jax.store.device_pool import DevicePool
 from cachedattn_jax.store.inbound import Inbound
 from cachedattn_jax.store.watcher import Watcher
 from pallas_kernels.backends import DEFAULT_KERNELS, Kernels
+from pallas_kernels.prefill_attention import FRESH_TOKENS
 from pallas_kernels.rope import RopeTables
 
 _group = jax.jit(
-    prefill_group, static_argnums=0, static_argnames="kernels", donate_argnums=3
+    prefill_group,
+    static_argnums=0,
+    static_argnames=("has_history", "kernels"),
+    donate_argnums=3,
 )
 _embed = jax.jit(embed, static_argnums=0)
 
@@ -37,6 +41,14 @@ def _first_token(config, params, last_tokens, x, last, seat, sampling, position)
     logits = unembed(config, params, jax.lax.dynamic_index_in_dim(x[0], last))
     sampled = sample(logits, sampling, position)
     return last_tokens.at[seat].set(sampled.token_ids, mode="drop"), sampled
+
+
+def has_history(num_tokens: int, start: int) -> bool:
+    """Whether a chunk goes through the program that reads what is before it.
+
+    All short ones do: it would not pay to compile another.
+    """
+    return num_tokens < FRESH_TOKENS or start > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +73,7 @@ class Prefill:
 
     Args:
         chunk_tokens: sizes of the compiled programs, in tokens.
+        call_tokens: see `plan_chunks`.
         puts_first: whether a group's copy is started before or after the compute of the
             group it overlaps. CUDA: before, since a buffer allocated later waits for
             the compute. TPU: after, since the copy would delay the compute.
@@ -75,6 +88,7 @@ class Prefill:
         pool: DevicePool,
         *,
         chunk_tokens: tuple[int, ...],
+        call_tokens: int = CALL_TOKENS,
         puts_first: bool,
         watcher: Watcher,
         kernels: Kernels = DEFAULT_KERNELS,
@@ -89,6 +103,7 @@ class Prefill:
         self._rope = rope
         self._pool = pool
         self.chunk_tokens = chunk_tokens
+        self._call_tokens = call_tokens
         self.puts_first = puts_first
         self.watcher = watcher
         self._kernels = kernels
@@ -148,16 +163,22 @@ class Prefill:
     def _chunks(self, segment: Segment) -> Iterator[Chunk]:
         token_ids, start = segment.token_ids, segment.start
         table = segment.page_table[None].copy()
-        for num_tokens, size in plan_chunks(len(token_ids), self.chunk_tokens):
+        sharding = self._pool.device_sharding
+        for num_tokens, size in plan_chunks(
+            len(token_ids), self.chunk_tokens, self._call_tokens
+        ):
             chunk = np.zeros((1, size), np.int32)
             chunk[0, :num_tokens] = token_ids[:num_tokens]
             token_ids = token_ids[num_tokens:]
+            ends = (
+                np.asarray([start], np.int32),
+                np.asarray([start + num_tokens], np.int32),
+            )
             yield Chunk(
                 num_tokens=num_tokens,
                 x=_embed(self._config, self._ends, chunk),
-                page_tables=table,
-                starts=np.asarray([start], np.int32),
-                lengths=np.asarray([start + num_tokens], np.int32),
+                start=start,
+                where=jax.device_put((table, *ends), sharding),
             )
             start += num_tokens
 
@@ -171,10 +192,9 @@ class Prefill:
             self._groups[group],
             step.x,
             self._pool.arrays[group],
-            step.page_tables,
-            step.starts,
-            step.lengths,
+            *step.where,
             self._rope,
+            has_history=has_history(step.x.shape[1], step.start),
             kernels=self._kernels,
         )
 
@@ -196,7 +216,9 @@ class Prefill:
             last_tokens with the sampled token at `seat`, and what was sampled.
         """
         chunk = run.chunks[-1]
-        return _first_token(
+        if position is None:
+            position = chunk.start + chunk.num_tokens
+        last_tokens, sampled = _first_token(
             self._config,
             self._ends,
             last_tokens,
@@ -204,5 +226,7 @@ class Prefill:
             np.int32(chunk.num_tokens - 1),
             np.asarray([seat], np.int32),
             sampling,
-            chunk.lengths if position is None else np.asarray([position], np.int32),
+            np.asarray([position], np.int32),
         )
+        sampled.send()
+        return last_tokens, sampled

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cachedattn_jax.engine.chunks import plan_chunks
+from cachedattn_jax.engine.chunks import CALL_TOKENS, plan_chunks
 from cachedattn_jax.engine.cost_constants import ChunkCost
 
 
@@ -14,12 +14,18 @@ class PrefillCost:
     Args:
         costs: by program size, in tokens.
         sizes: of the compiled programs.
+        call_tokens: see `plan_chunks`.
 
     Raises:
         ValueError: a program was not measured.
     """
 
-    def __init__(self, costs: Mapping[int, ChunkCost], sizes: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        costs: Mapping[int, ChunkCost],
+        sizes: tuple[int, ...],
+        call_tokens: int = CALL_TOKENS,
+    ) -> None:
         if missing := sorted(set(sizes) - set(costs)):
             raise ValueError(f"prefill programs of {missing} tokens were not measured")
         self._size = max(sizes)
@@ -31,7 +37,7 @@ class PrefillCost:
         self._slopes = np.zeros(2 * self._size)
         for num_tokens in range(2 * self._size):
             end = 0
-            for tokens, size in plan_chunks(num_tokens, sizes):
+            for tokens, size in plan_chunks(num_tokens, sizes, call_tokens):
                 end += tokens
                 slope = costs[size].s_per_context_token
                 self._at_0[num_tokens] += costs[size].base_s + slope * end

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import jax
-import numpy as np
 
 from cachedattn_jax.engine.rewrite import Rewrite
 from cachedattn_jax.store.inbound import Inbound
@@ -30,15 +29,15 @@ class Chunk:
 
     Attributes:
         x: the hidden state after the groups dispatched so far, [1, size, hidden].
-        page_tables: int32 [1, pages_per_sequence].
-        starts, lengths: int32 [1], as the attention ops take them.
+        start: position of the first of them.
+        where: page table, start and length on the device, as the attention ops take
+            them: every layer group needs them.
     """
 
     num_tokens: int
     x: jax.Array
-    page_tables: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
+    start: int
+    where: tuple[jax.Array, jax.Array, jax.Array]
 
 
 class PrefillRun:

@@ -30,6 +30,7 @@ def prefill_group(
     lengths: Int[Array, " batch"],
     rope: RopeTables,
     *,
+    has_history: bool = True,
     kernels: Kernels = DEFAULT_KERNELS,
     mesh: Mesh | None = None,
 ) -> tuple[
@@ -42,6 +43,7 @@ def prefill_group(
     reads it: gathering first makes XLA on CPU copy the pool.
 
     Args:
+        has_history: False promises that all `starts` are 0.
         mesh: devices that share the kv heads; see `sharding`.
 
     Returns:
@@ -65,6 +67,7 @@ def prefill_group(
                 pool,
                 *where,
                 layer=layer_index,
+                has_history=has_history,
                 backend=kernels.prefill,
                 interpret=kernels.interpret,
             )

@@ -6,7 +6,7 @@ Knows arrays and slots. Does not know which page a slot holds.
 import functools
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,9 @@ from pallas_kernels.page_copy import extract_pages, install_pages
 # Pages travel in runs of these sizes, largest first, without padding: a fixed page
 # count per program, and each program is compiled once.
 RUN_PAGES = (16, 4, 1)
-# Long runs are installed so many at a time: with 6 of them for each of 32 layers, a
-# program for each took longer to dispatch than the layer to compute on an H200.
+# Runs of one size are installed so many at a time: with 6 of them for each of 32
+# layers, a program for each took longer to dispatch than the layer to compute on an
+# H200.
 TOGETHER = 8
 
 Item = TypeVar("Item")
@@ -38,7 +39,7 @@ def _install(pool, pages, slots):
 def _install_together(pool, runs, slots):
     for pages, run in zip(runs, slots, strict=True):
         pool = install_pages(pool, pages, run)
-    return pool, slots[0][:1]
+    return pool, slots[0, :1]
 
 
 @jax.jit
@@ -102,6 +103,12 @@ class DevicePool:
         return any(array.is_deleted() for array in self.arrays)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether every program on the arrays has ended."""
+        arrays: list[Any] = self.arrays  # jax's stubs do not know `is_ready`
+        return not self.is_lost and all(array.is_ready() for array in arrays)
+
+    @property
     def num_free(self) -> int:
         return len(self._free)
 
@@ -130,25 +137,49 @@ class DevicePool:
         Returns:
             Arrays that are ready when the pages are in the pool.
         """
-        long = [run for run in runs if len(run[1]) == max(RUN_PAGES)]
-        short = [run for run in runs if len(run[1]) != max(RUN_PAGES)]
-        ends = []
-        for start in range(0, len(long), TOGETHER):
-            batch = long[start : start + TOGETHER]
-            if len(batch) == 1:
-                short += batch
-                continue
-            nowhere = np.full(max(RUN_PAGES), self.num_slots, np.int32)
-            batch += [(batch[0][0], nowhere)] * (TOGETHER - len(batch))
-            pages, slots = map(list, zip(*batch, strict=True))
-            self.arrays[group], is_done = _install_together(
-                self.arrays[group], pages, slots
-            )
-            ends.append(is_done)
-        for pages, slots in short:
-            self.arrays[group], is_done = _install(self.arrays[group], pages, slots)
-            ends.append(is_done)
-        return ends
+        by_size: dict[int, list[tuple[jax.Array, np.ndarray]]] = {}
+        for run in runs:
+            by_size.setdefault(len(run[1]), []).append(run)
+        return [
+            self._install(group, alike[start : start + TOGETHER])
+            for alike in by_size.values()
+            for start in range(0, len(alike), TOGETHER)
+        ]
+
+    def _install(
+        self, group: int, runs: Sequence[tuple[jax.Array, np.ndarray]]
+    ) -> jax.Array:
+        """At most `TOGETHER` runs of one size, in one program."""
+        pages, slots = zip(*runs, strict=True)
+        if len(runs) == 1:
+            arguments = pages[0], slots[0]
+            self.arrays[group], is_done = _install(self.arrays[group], *arguments)
+            return is_done
+        num_left = TOGETHER - len(runs)
+        where = np.full((TOGETHER, len(slots[0])), self.num_slots, np.int32)
+        where[: len(runs)] = slots
+        self.arrays[group], is_done = _install_together(
+            self.arrays[group], [*pages, *pages[:1] * num_left], where
+        )
+        return is_done
+
+    def take_host_memory(self, num_bytes: int) -> None:
+        """Makes jax page-lock so much host memory now, and keep it for later copies.
+
+        Raises:
+            ValueError: it cannot have so much.
+        """
+        shape = (max(RUN_PAGES), *self.layout.group_shape)
+        run = jnp.zeros(shape, self.dtype, device=self.device_sharding)
+        try:
+            runs = [run] * (num_bytes // run.nbytes)
+            jax.block_until_ready(jax.device_put(runs, self.host_sharding))
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError(
+                f"{num_bytes} bytes of host memory cannot be page-locked;"
+                " XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB limits what jax takes, to 64 if"
+                f" not set: {error}"
+            ) from error
 
     def extract(self, slots: Sequence[int]) -> list[jax.Array]:
         """Copies a run out of the pool, on the device, one array a group."""

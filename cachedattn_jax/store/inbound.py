@@ -38,6 +38,12 @@ class Load:
             return self.source.copies[group].can_be_read
         return self.source.has_group(group)
 
+    def has_come(self, group: int) -> bool:
+        """Whether it is in host memory already, so that a copy of it starts at once."""
+        if isinstance(self.source, Slab):
+            return self.source.copies[group].has_arrived
+        return self.source.has_group(group)
+
     def wait(self, group: int, timeout_s: float | None) -> None:
         """Waits until it can, but not longer than this."""
         if isinstance(self.source, Slab):
@@ -57,6 +63,9 @@ class Inbound:
 
     Attributes:
         puts: the copies to the device, one for each layer group put.
+        unhindered: those of them that had nothing to wait for when they were handed
+            over. On CUDA a copy waits for the programs dispatched before it, in whose
+            memory it may be put, and then tells nothing of the link.
         failure: what went wrong when a copy was handed to the device.
     """
 
@@ -66,6 +75,7 @@ class Inbound:
         self.loads = list(loads)
         self.num_groups = pool.layout.num_groups if loads else 0
         self.puts: list[Copy] = []
+        self.unhindered: list[Copy] = []
         self.failure: Exception | None = None
         self._pool = pool
         self._link = link
@@ -164,6 +174,7 @@ class Inbound:
                 return load.wait(group, timeout_s)
 
     def _put(self, group: int) -> None:
+        is_free = self._pool.is_idle and all(run.has_come(group) for run in self.loads)
         try:
             arrays = self._pool.put([load.group(group) for load in self.loads])
         except Exception as error:  # out of memory, most likely: computing may do
@@ -172,3 +183,5 @@ class Inbound:
         self._arrays[group] = arrays
         num_bytes = sum(array.nbytes for array in arrays)
         self.puts.append(self._link.carry(num_bytes, self._watcher.watch(arrays)))
+        if is_free or self._link.emulated is not None:
+            self.unhindered.append(self.puts[-1])
