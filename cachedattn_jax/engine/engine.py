@@ -64,7 +64,7 @@ class Engine:
         store_config = store or StoreConfig()
         if self.config.reuse == "recompute":
             store_config = store_config.device_only
-        self._check_budget(store_config, layout)
+        store_config.check_window(layout, model.window)
         self.timeline = Timeline()
         self.store = TieredStore(layout, store_config, device, self.timeline)
         self.scheduler: Scheduler[Turn] = Scheduler(self.config.max_batch)
@@ -292,12 +292,3 @@ class Engine:
             norm_eps=model.norm_eps,
             weights=weights,
         )
-
-    def _check_budget(self, store: StoreConfig, layout: Layout) -> None:
-        least = layout.num_pages(self.model.window)
-        if store.num_slots(layout) < least:
-            raise ValueError(
-                f"device_bytes={store.num_device_bytes} holds {store.num_slots(layout)}"
-                f" pages; one window of {self.model.window} tokens needs {least} pages,"
-                f" {least * layout.page_bytes} bytes"
-            )

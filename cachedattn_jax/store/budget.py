@@ -141,6 +141,16 @@ class StoreConfig:
         """Pages that fit in device memory."""
         return self.num_device_bytes // layout.page_bytes
 
+    def check_window(self, layout: Layout, window: int) -> None:
+        """ValueError if device memory cannot hold one context of so many tokens."""
+        least = layout.num_pages(window)
+        if self.num_slots(layout) < least:
+            raise ValueError(
+                f"device_bytes={self.num_device_bytes} holds {self.num_slots(layout)}"
+                f" pages; one window of {window} tokens needs {least} pages,"
+                f" {least * layout.page_bytes} bytes"
+            )
+
 
 def _check_memory(name: str, num_bytes: int) -> None:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
