@@ -10,8 +10,8 @@ from typing import Any
 _PUBLIC = {
     "Engine": "cachedattn_jax.engine.engine",
     "EngineConfig": "cachedattn_jax.engine.engine_config",
-    "FaultConfig": "cachedattn_jax.store.fault_config",
-    "IoConfig": "cachedattn_jax.store.io_config",
+    "FaultConfig": "cachedattn_jax.store.objects.fault_config",
+    "IoConfig": "cachedattn_jax.store.objects.io_config",
     "LlamaConfig": "cachedattn_jax.model.config",
     "Request": "cachedattn_jax.engine.request",
     "SamplingParams": "cachedattn_jax.engine.request",

@@ -222,7 +222,7 @@ def export(
 
 def _audit(url: str, secret: str | None, *, is_writing: bool = False) -> "Audit":
     from cachedattn_jax.store.audit import Audit
-    from cachedattn_jax.store.salts import read_salts
+    from cachedattn_jax.store.objects.salts import read_salts
 
     return Audit(url, salts=read_salts(secret), is_writing=is_writing)
 

@@ -35,8 +35,8 @@ from cachedattn_jax.store.disk_read import DiskRead
 from cachedattn_jax.store.disk_tier import DiskTier, object_name
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.link import Copy, Links
+from cachedattn_jax.store.objects.root import Root
 from cachedattn_jax.store.page_index import PageEntry
-from cachedattn_jax.store.root import Root
 
 
 def run(

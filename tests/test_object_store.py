@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from cachedattn_jax.engine.request import Request
-from cachedattn_jax.store.guard import StorageFailure
-from cachedattn_jax.store.io_config import IoConfig
+from cachedattn_jax.store.objects.guard import StorageFailure
+from cachedattn_jax.store.objects.io_config import IoConfig
 from cachedattn_jax.store.placement.tier import Tier
 from cachedattn_jax.store.record_writer import RecordConflict
 from tests.engines import (

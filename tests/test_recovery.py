@@ -12,11 +12,11 @@ import pytest
 from cachedattn_jax.store.audit import orphan_bytes
 from cachedattn_jax.store.catalog import Catalog, SessionRecord, _encode
 from cachedattn_jax.store.layout import Layout
+from cachedattn_jax.store.objects.root import Root
 from cachedattn_jax.store.page import decode_header, encode_page, payload_offset
 from cachedattn_jax.store.page_index import is_unclaimed
 from cachedattn_jax.store.placement.placement_config import PlacementConfig
 from cachedattn_jax.store.placement.tier import Tier
-from cachedattn_jax.store.root import Root
 from tests.engines import (
     ask,
     assert_nothing_leaked,
@@ -79,7 +79,7 @@ def test_a_second_engine_on_a_folder_is_refused_in_words(tmp_path):
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     code = f"""
 import os, pathlib, signal
-from cachedattn_jax.store.writer_lock import WriterLock
+from cachedattn_jax.store.objects.writer_lock import WriterLock
 lock = WriterLock(pathlib.Path({str(tmp_path)!r}))
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -17,20 +17,20 @@ from cachedattn_jax.store.catalog import (
     session_key,
     session_name,
 )
-from cachedattn_jax.store.guard import StorageFailure
-from cachedattn_jax.store.io_config import IoConfig
-from cachedattn_jax.store.layout_file import read_layout
-from cachedattn_jax.store.object_names import (
+from cachedattn_jax.store.objects.guard import StorageFailure
+from cachedattn_jax.store.objects.io_config import IoConfig
+from cachedattn_jax.store.objects.layout_file import read_layout
+from cachedattn_jax.store.objects.object_names import (
     PAGES,
     QUARANTINE,
     SESSIONS,
     list_pages,
     page_name,
 )
+from cachedattn_jax.store.objects.root import Root
+from cachedattn_jax.store.objects.salts import Salts
 from cachedattn_jax.store.page import BadPage, PageHeader, PageKey
 from cachedattn_jax.store.record_pages import record_pages
-from cachedattn_jax.store.root import Root
-from cachedattn_jax.store.salts import Salts
 
 # Objects that are read at once.
 _AT_ONCE = 8

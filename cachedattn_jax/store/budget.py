@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import no_type_check
 
 from cachedattn_jax.store.byte_count import parse_bytes
-from cachedattn_jax.store.io_config import IoConfig
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.link import EmulatedLink
+from cachedattn_jax.store.objects.io_config import IoConfig
 from cachedattn_jax.store.placement.placement_config import PlacementConfig
 
 # While a turn runs, its new pages leave the device so many at a time, or at its end.

@@ -17,10 +17,10 @@ import crc32c
 import numpy as np
 
 from cachedattn_jax.store.chain import Chain
-from cachedattn_jax.store.guard import StorageFailure
-from cachedattn_jax.store.object_names import QUARANTINE, SESSIONS
+from cachedattn_jax.store.objects.guard import StorageFailure
+from cachedattn_jax.store.objects.object_names import QUARANTINE, SESSIONS
+from cachedattn_jax.store.objects.root import Root
 from cachedattn_jax.store.record_writer import RecordWriter
-from cachedattn_jax.store.root import Root
 from cachedattn_jax.store.truncation import Truncation, truncations_before
 
 _MAX_NAME_BYTES = 200  # file systems end at 255 for one name

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cachedattn_jax.store.faults import Faults
 from cachedattn_jax.store.layout import Layout
+from cachedattn_jax.store.objects.faults import Faults
 from pallas_kernels.page_copy import extract_pages, install_pages
 
 # Pages travel in runs of these sizes, largest first, without padding: a fixed page

@@ -13,14 +13,14 @@ import numpy as np
 
 from cachedattn_jax.store import page as page_format
 from cachedattn_jax.store.disk_read import DiskPart, DiskRead
-from cachedattn_jax.store.guard import StorageFailure
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.link import Copy, Link, Links
-from cachedattn_jax.store.object_names import QUARANTINE, list_pages, page_name
+from cachedattn_jax.store.objects.guard import StorageFailure
+from cachedattn_jax.store.objects.object_names import QUARANTINE, list_pages, page_name
+from cachedattn_jax.store.objects.root import Root
 from cachedattn_jax.store.page import PageKey
 from cachedattn_jax.store.page_index import PageEntry, tenant_of
 from cachedattn_jax.store.page_reader import PageReader, Wanted
-from cachedattn_jax.store.root import Root
 
 _DELETE_AGAIN_S = 1.0
 # Enough to look into, and no way to fill the disk.

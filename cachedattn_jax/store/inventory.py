@@ -6,12 +6,12 @@ import urllib.parse
 from cachedattn_jax.store.catalog import SessionRecord, session_key
 from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.layout import Layout
+from cachedattn_jax.store.objects.root import Root
+from cachedattn_jax.store.objects.salts import Salts
 from cachedattn_jax.store.page import PageKey
 from cachedattn_jax.store.page_index import PageIndex, unclaimed
 from cachedattn_jax.store.placement.tier import Tier
 from cachedattn_jax.store.record_pages import record_pages
-from cachedattn_jax.store.root import Root
-from cachedattn_jax.store.salts import Salts
 
 
 class Inventory:

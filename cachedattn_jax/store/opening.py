@@ -7,11 +7,11 @@ import numpy as np
 
 from cachedattn_jax.store.budget import StoreConfig
 from cachedattn_jax.store.disk_tier import DiskTier
-from cachedattn_jax.store.faults import Faults
 from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.link import Links
-from cachedattn_jax.store.root import CacheFolder, Root
-from cachedattn_jax.store.salts import Salts
+from cachedattn_jax.store.objects.faults import Faults
+from cachedattn_jax.store.objects.root import CacheFolder, Root
+from cachedattn_jax.store.objects.salts import Salts
 
 
 def open_root(

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import crc32c
 import numpy as np
 
-from cachedattn_jax.store.buffers import Buffer, Buffers, num_bytes
 from cachedattn_jax.store.layout import FORMAT_VERSION, Layout
+from cachedattn_jax.store.objects.buffers import Buffer, Buffers, num_bytes
 
 PageKey = bytes
 # The event of a page that follows the one before it.

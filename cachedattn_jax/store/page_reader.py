@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 from cachedattn_jax.store import page as page_format
-from cachedattn_jax.store.buffers import Buffer
 from cachedattn_jax.store.disk_read import PASSING, DiskPart
-from cachedattn_jax.store.guard import Guard, Operation, StorageFailure
 from cachedattn_jax.store.layout import Layout
+from cachedattn_jax.store.objects.buffers import Buffer
+from cachedattn_jax.store.objects.guard import Guard, Operation, StorageFailure
 from cachedattn_jax.store.page import BadPage, PageHeader, PageKey
 
 # Consecutive layer groups of a page are one part until they have so many bytes: waking

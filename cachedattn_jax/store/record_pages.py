@@ -12,10 +12,10 @@ from cachedattn_jax.store.catalog import (
 )
 from cachedattn_jax.store.chain import Chain
 from cachedattn_jax.store.layout import Layout
-from cachedattn_jax.store.object_names import SESSIONS
+from cachedattn_jax.store.objects.object_names import SESSIONS
+from cachedattn_jax.store.objects.root import Root
+from cachedattn_jax.store.objects.salts import Salts
 from cachedattn_jax.store.page import PageKey
-from cachedattn_jax.store.root import Root
-from cachedattn_jax.store.salts import Salts
 
 
 def record_pages(layout: Layout, salts: Salts, record: SessionRecord) -> list[PageKey]:

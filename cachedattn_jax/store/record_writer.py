@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from cachedattn_jax.store.guard import StorageFailure
-from cachedattn_jax.store.root import Root
+from cachedattn_jax.store.objects.guard import StorageFailure
+from cachedattn_jax.store.objects.root import Root
 
 # A record that could not be written is tried again after so long.
 _AGAIN_S = 0.5

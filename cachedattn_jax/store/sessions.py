@@ -12,10 +12,10 @@ from cachedattn_jax.store.catalog import Catalog, done_already, session_key
 from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.evictor import Evictor
 from cachedattn_jax.store.finder import Finder
-from cachedattn_jax.store.object_names import remove_folders
+from cachedattn_jax.store.objects.object_names import remove_folders
+from cachedattn_jax.store.objects.root import Root
 from cachedattn_jax.store.page_index import tenant_of
 from cachedattn_jax.store.placement.placement import Placement
-from cachedattn_jax.store.root import Root
 from cachedattn_jax.store.saver import Saver
 from cachedattn_jax.store.truncation import Context, Truncation, context_after
 

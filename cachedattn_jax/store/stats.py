@@ -10,9 +10,9 @@ from cachedattn_jax.store.catalog import Catalog
 from cachedattn_jax.store.device_pool import DevicePool
 from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.host_tier import HostTier
+from cachedattn_jax.store.objects.root import Root
 from cachedattn_jax.store.page_index import PageIndex
 from cachedattn_jax.store.placement.tier import Tier
-from cachedattn_jax.store.root import Root
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,15 @@ from dataclasses import replace
 
 from cachedattn_jax.store.catalog import Catalog, SessionRecord, session_key
 from cachedattn_jax.store.exits import Exits
-from cachedattn_jax.store.guard import StorageFailure
 from cachedattn_jax.store.inventory import Inventory
 from cachedattn_jax.store.layout import Layout
+from cachedattn_jax.store.objects.guard import StorageFailure
+from cachedattn_jax.store.objects.root import Root
+from cachedattn_jax.store.objects.salts import Salts
 from cachedattn_jax.store.page import PageKey
 from cachedattn_jax.store.page_index import PageIndex, is_unclaimed
 from cachedattn_jax.store.placement.tier import Tier
 from cachedattn_jax.store.record_pages import read_records, record_pages
-from cachedattn_jax.store.root import Root
-from cachedattn_jax.store.salts import Salts
 
 # Sessions whose pages are assigned in one step of the engine: some 0.1 ms.
 _SESSIONS_AT_ONCE = 16

@@ -18,7 +18,6 @@ from cachedattn_jax.store.catalog import Catalog, SessionRecord
 from cachedattn_jax.store.device_pool import DevicePool
 from cachedattn_jax.store.evictor import Evictor
 from cachedattn_jax.store.exits import Exits
-from cachedattn_jax.store.faults import Faults
 from cachedattn_jax.store.fetcher import Fetcher
 from cachedattn_jax.store.finder import Finder
 from cachedattn_jax.store.host_tier import HostTier
@@ -27,13 +26,14 @@ from cachedattn_jax.store.layout import Layout
 from cachedattn_jax.store.lease import Lease
 from cachedattn_jax.store.leases import Leases
 from cachedattn_jax.store.link import Links
+from cachedattn_jax.store.objects.faults import Faults
+from cachedattn_jax.store.objects.salts import read_salts
 from cachedattn_jax.store.opening import open_disk, open_root
 from cachedattn_jax.store.outbound import Outbound
 from cachedattn_jax.store.page import PageKey, Tail
 from cachedattn_jax.store.page_index import PageIndex
 from cachedattn_jax.store.placement.placement import Placement
 from cachedattn_jax.store.placement.tier import Tier
-from cachedattn_jax.store.salts import read_salts
 from cachedattn_jax.store.saver import Saver
 from cachedattn_jax.store.sessions import Sessions
 from cachedattn_jax.store.stats import StoreStats, gather

@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from cachedattn_jax.store.buffers import Buffers, fill, num_bytes
+from cachedattn_jax.store.objects.buffers import Buffers, fill, num_bytes
 
 
 class Later:

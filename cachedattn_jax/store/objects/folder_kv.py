@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cachedattn_jax.store.buffers import Buffers, cut, num_bytes
-from cachedattn_jax.store.file_threads import Call, FileThreads
-from cachedattn_jax.store.object_kv import ObjectKv
-from cachedattn_jax.store.object_names import PAGES
+from cachedattn_jax.store.objects.buffers import Buffers, cut, num_bytes
+from cachedattn_jax.store.objects.file_threads import Call, FileThreads
+from cachedattn_jax.store.objects.object_kv import ObjectKv
+from cachedattn_jax.store.objects.object_names import PAGES
 
 # Names that end so are of writes under way: TensorStore does not list them.
 UNFINISHED = ".__lock"

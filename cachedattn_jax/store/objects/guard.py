@@ -13,9 +13,9 @@ from typing import Any
 
 import tensorstore as ts
 
-from cachedattn_jax.store.breaker import Breaker
-from cachedattn_jax.store.buffers import Buffers
-from cachedattn_jax.store.io_config import IoConfig
+from cachedattn_jax.store.objects.breaker import Breaker
+from cachedattn_jax.store.objects.buffers import Buffers
+from cachedattn_jax.store.objects.io_config import IoConfig
 
 # Listing reads whole folders; it is done at start-up and by people.
 _LIST_PATIENCE = 30

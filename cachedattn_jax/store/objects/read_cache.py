@@ -14,11 +14,11 @@ from typing import Any
 
 import tensorstore as ts
 
-from cachedattn_jax.store.buffers import Buffers, num_bytes
-from cachedattn_jax.store.folder_kv import UNFINISHED
-from cachedattn_jax.store.object_kv import Later, put_found
-from cachedattn_jax.store.object_names import PAGES
-from cachedattn_jax.store.writer_lock import LOCK_NAME
+from cachedattn_jax.store.objects.buffers import Buffers, num_bytes
+from cachedattn_jax.store.objects.folder_kv import UNFINISHED
+from cachedattn_jax.store.objects.object_kv import Later, put_found
+from cachedattn_jax.store.objects.object_names import PAGES
+from cachedattn_jax.store.objects.writer_lock import LOCK_NAME
 
 _LOCAL_TIMEOUT_S = 5.0
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cachedattn_jax.store.page import PageKey
 
 if TYPE_CHECKING:
-    from cachedattn_jax.store.root import Root
+    from cachedattn_jax.store.objects.root import Root
 
 PAGES = "pages/"
 QUARANTINE = "quarantine/"

@@ -9,9 +9,9 @@ import urllib.parse
 
 import tensorstore as ts
 
-from cachedattn_jax.store.folder_kv import FolderKv
-from cachedattn_jax.store.io_config import IoConfig
-from cachedattn_jax.store.object_kv import ObjectKv
+from cachedattn_jax.store.objects.folder_kv import FolderKv
+from cachedattn_jax.store.objects.io_config import IoConfig
+from cachedattn_jax.store.objects.object_kv import ObjectKv
 
 
 def local_folder(url: str) -> pathlib.Path | None:

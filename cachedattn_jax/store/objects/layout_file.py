@@ -6,11 +6,11 @@ Knows the layout and the check of the tenants' secret. Does not know pages or re
 import contextlib
 import json
 
-from cachedattn_jax.store.guard import Guard, StorageFailure, guarded
-from cachedattn_jax.store.io_config import IoConfig
 from cachedattn_jax.store.layout import Layout
-from cachedattn_jax.store.open_kv import first_line, open_kv
-from cachedattn_jax.store.salts import Salts
+from cachedattn_jax.store.objects.guard import Guard, StorageFailure, guarded
+from cachedattn_jax.store.objects.io_config import IoConfig
+from cachedattn_jax.store.objects.open_kv import first_line, open_kv
+from cachedattn_jax.store.objects.salts import Salts
 
 _LAYOUT_KEY = "layout.json"
 _SALT_CHECK = "tenant_secret"

@@ -15,17 +15,17 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
-from cachedattn_jax.store.faults import Faults, FaultyKv
-from cachedattn_jax.store.folder_kv import UNFINISHED, FolderKv
-from cachedattn_jax.store.guard import guarded
-from cachedattn_jax.store.io_config import IoConfig
 from cachedattn_jax.store.layout import Layout
-from cachedattn_jax.store.layout_file import claim_root
-from cachedattn_jax.store.object_kv import ObjectKv
-from cachedattn_jax.store.open_kv import local_folder, open_kv
-from cachedattn_jax.store.read_cache import ReadCache
-from cachedattn_jax.store.salts import Salts
-from cachedattn_jax.store.writer_lock import WriterLock
+from cachedattn_jax.store.objects.faults import Faults, FaultyKv
+from cachedattn_jax.store.objects.folder_kv import UNFINISHED, FolderKv
+from cachedattn_jax.store.objects.guard import guarded
+from cachedattn_jax.store.objects.io_config import IoConfig
+from cachedattn_jax.store.objects.layout_file import claim_root
+from cachedattn_jax.store.objects.object_kv import ObjectKv
+from cachedattn_jax.store.objects.open_kv import local_folder, open_kv
+from cachedattn_jax.store.objects.read_cache import ReadCache
+from cachedattn_jax.store.objects.salts import Salts
+from cachedattn_jax.store.objects.writer_lock import WriterLock
 
 _IO_THREADS = 8
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import tensorstore as ts
 
-from cachedattn_jax.store.buffers import Buffers, cut, num_bytes
-from cachedattn_jax.store.fault_config import (
+from cachedattn_jax.store.objects.buffers import Buffers, cut, num_bytes
+from cachedattn_jax.store.objects.fault_config import (
     HOST_FAULTS,
     READ_FAULTS,
     WRITE_FAULTS,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import no_type_check
 
 from cachedattn_jax.store.byte_count import parse_bytes
-from cachedattn_jax.store.fault_config import FaultConfig
+from cachedattn_jax.store.objects.fault_config import FaultConfig
 
 _POSITIVE = ("timeout_s", "breaker_rest_s")
 
