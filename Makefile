@@ -20,7 +20,7 @@ quickstart: $(VENV)/installed ## run the main job: cached against recomputed, 2 
 test: $(VENV)/installed-dev ## run the tests
 	$(BIN)/python -m pytest -n 2
 
-torture: $(VENV)/installed ## kill -9 and faults under a running workload, 15 minutes
+torture: $(VENV)/installed ## kill -9 and faults under a running workload, 5 minutes
 	$(BIN)/cachedattn run configs/torture.gin --output_dir runs/torture $(ARGS)
 
 lint: $(VENV)/installed-dev ## run ruff and pyright, as CI does

@@ -15,7 +15,7 @@ rate of LLaMA-13B are lost. Then one reply goes on past the window, step by step
 
 Expected: ours keeps 95 % of the hit rate without overflow, OF loses 15 points; no step
 of the long reply takes more than 3 times the median. Those that truncate do not; those
-that save 8 pages of this tiny model do (docs/truncation.md).
+that save pages of this tiny model do (docs/truncation.md).
 """
 
 import dataclasses
