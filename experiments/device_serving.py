@@ -17,7 +17,6 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from cachedattn_jax.engine.engine import Engine
@@ -28,10 +27,10 @@ from cachedattn_jax.model.llama import init_params
 from cachedattn_jax.run_directory import Claim, RunDirectory
 from cachedattn_jax.store.budget import StoreConfig
 from cachedattn_jax.timeline import busy_s
-from experiments.measures import SOURCES, compare_tokens, mode_summary
-from experiments.replay import Replayed, replay
+from experiments.measures import SOURCES, compare_tokens, gains, mode_summary
+from experiments.replay import Replayed
 from experiments.report import write_report
-from experiments.reuse import plot_ttft
+from experiments.reuse import play, plot_ttft
 from experiments.workload import Workload
 
 MODES = ("cached", "recompute")
@@ -66,14 +65,15 @@ def run(
     if store.num_disk_bytes and store.disk_root is None:
         root = str(run_directory.fresh_folder("disk"))
         store = dataclasses.replace(store, disk_root=root)
+    console = Console()
     replays: dict[str, Replayed] = {}
     modes: dict[str, dict] = {}
     figures: dict[str, Figure] = {}
     for mode in MODES:
         settings = dataclasses.replace(engine, reuse=mode)
         with Engine(config, params, settings, store, weights="random") as served:
-            served.warm_up()
-            replays[mode] = _play(served, played, mode, seed, time_factor, replays)
+            said = replays[MODES[0]].turns if replays else None
+            replays[mode] = play(console, served, played, mode, seed, time_factor, said)
             modes[mode] = {
                 **mode_summary(replays[mode]),
                 "gpu_busy_s": _gpu_busy_s(served),
@@ -96,20 +96,6 @@ def run(
     return summary
 
 
-def _play(served, played, mode, seed, time_factor, replays) -> Replayed:
-    said = replays[MODES[0]].turns if replays else None
-    with Progress(console=Console()) as progress:
-        task = progress.add_task(f"{mode}: turns", total=played.num_turns)
-        return replay(
-            served,
-            played,
-            seed=seed,
-            time_factor=time_factor,
-            transcript=said,
-            on_turn=lambda turn: progress.advance(task),
-        )
-
-
 def _gpu_busy_s(served: Engine) -> float:
     """Seconds during which prefills or decode steps were under way."""
     events = served.timeline.events
@@ -122,15 +108,12 @@ def _summary(
     cached, recompute = (modes[mode] for mode in MODES)
     tokens = compare_tokens(*[replays[mode].turns for mode in MODES])
     apart = [d.margin for d in (*tokens.ties, *tokens.differences)]
-    later = [m["prefill_s_later_turns"]["mean"] for m in (cached, recompute)]
-    speed = [m["prompt_tokens"] / m["prefill_total_s"] for m in (cached, recompute)]
     stalled, loaded = (
         sum(getattr(turn, name) for turn in replays["cached"].turns.values())
         for name in ("exposed_stall_s", "load_s")
     )
     comparison = {
-        "ttft_reduction_later_turns": 1 - later[0] / later[1],
-        "prefill_speedup": speed[0] / speed[1],
+        **gains(cached, recompute),
         "gpu_busy_ratio": recompute["gpu_busy_s"] / cached["gpu_busy_s"],
         "turns_that_differ": len(apart),
         "turns_compared": tokens.num_turns,

@@ -33,6 +33,28 @@ def random_pages(
     return pool, jnp.asarray(tables, jnp.int32), rope
 
 
+def random_decode(
+    config: LlamaConfig, page_tokens: int, batch: int, context: int, seed: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, RopeTables]:
+    """What decode attention takes: query, pool, tables, lengths, rotations."""
+    pool, tables, rope = random_pages(config, page_tokens, batch, context, seed)
+    shape = (batch, config.num_heads, config.head_dim)
+    query = jax.random.normal(jax.random.key(seed), shape, pool.dtype)
+    return query, pool, tables, jnp.full(batch, context, jnp.int32), rope
+
+
+def random_prefill(
+    config: LlamaConfig, page_tokens: int, batch: int, history: int, new: int, seed: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, RopeTables]:
+    """What prefill attention takes: query, pool, tables, starts, lengths, rotations."""
+    context = history + new
+    pool, tables, rope = random_pages(config, page_tokens, batch, context, seed)
+    shape = (batch, new, config.num_heads, config.head_dim)
+    query = jax.random.normal(jax.random.key(seed), shape, pool.dtype)
+    starts = jnp.full(batch, history, jnp.int32)
+    return query, pool, tables, starts, jnp.full(batch, context, jnp.int32), rope
+
+
 def decode_errors(
     config: LlamaConfig,
     backends: Sequence[str],
@@ -79,12 +101,11 @@ def _errors(operation, config, backends, page_tokens, interpret, seed) -> list[d
 
 def _decode_error(config, page_tokens, backend, interpret, seed) -> dict:
     batch, context = 4, 8 * page_tokens - 3
-    pool, tables, rope = random_pages(config, page_tokens, batch, context, seed)
-    shape = (batch, config.num_heads, config.head_dim)
-    query = jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+    query, pool, tables, lengths, rope = random_decode(
+        config, page_tokens, batch, context, seed
+    )
     last = context % page_tokens  # what lies past the length must not matter
     pool = pool.at[tables[:, -1], :, :, :, last:].set(jnp.nan)
-    lengths = jnp.full(batch, context, jnp.int32)
     attend = functools.partial(
         decode_attention, layer=0, backend=backend, interpret=interpret
     )
@@ -112,13 +133,11 @@ def _error_of_new(
     config, page_tokens, batch, history, new, every, backend, interpret, seed
 ) -> dict:
     context = history + new
-    pool, tables, rope = random_pages(config, page_tokens, batch, context, seed)
-    shape = (batch, new, config.num_heads, config.head_dim)
-    query = jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+    query, pool, tables, starts, lengths, rope = random_prefill(
+        config, page_tokens, batch, history, new, seed
+    )
     past = context % page_tokens or page_tokens
     pool = pool.at[tables[:, -1], :, :, :, past:].set(jnp.nan)
-    starts = jnp.full(batch, history, jnp.int32)
-    lengths = jnp.full(batch, context, jnp.int32)
     attend = functools.partial(
         prefill_attention,
         layer=0,

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -25,7 +24,12 @@ from cachedattn_jax.run_directory import Claim, RunDirectory
 from experiments.contiguous_attention import decode_contiguous, prefill_contiguous
 from experiments.deadline import Deadline
 from experiments.device_ceilings import best_s, copy_rate, product_rate
-from experiments.kernel_errors import decode_errors, prefill_errors, random_pages
+from experiments.kernel_errors import (
+    decode_errors,
+    prefill_errors,
+    random_decode,
+    random_prefill,
+)
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.prefill_attention import prefill_attention
 
@@ -167,25 +171,17 @@ def _best(rows, operation, case, rate) -> float | None:
 
 
 def _time_decode(config, page_tokens, backend, interpret, seed, batch, context):
-    pool, tables, rope = random_pages(config, page_tokens, batch, context, seed)
-    shape = (batch, config.num_heads, config.head_dim)
-    query = jax.random.normal(jax.random.key(seed), shape, pool.dtype)
-    lengths = jnp.full(batch, context, jnp.int32)
+    arguments = random_decode(config, page_tokens, batch, context, seed)
     attend = functools.partial(
         decode_attention, layer=0, backend=backend, interpret=interpret
     )
-    seconds = _chained(attend, query, pool, tables, lengths, rope, calls=64)
+    seconds = _chained(attend, *arguments, calls=64)
     num_bytes = batch * context * 2 * config.num_kv_heads * config.head_dim * 2
     return {"seconds": seconds, "bytes_s": num_bytes / seconds}
 
 
 def _time_prefill(config, page_tokens, backend, interpret, seed, batch, new, history):
-    context = new + history
-    pool, tables, rope = random_pages(config, page_tokens, batch, context, seed)
-    shape = (batch, new, config.num_heads, config.head_dim)
-    query = jax.random.normal(jax.random.key(seed), shape, pool.dtype)
-    starts = jnp.full(batch, history, jnp.int32)
-    lengths = jnp.full(batch, context, jnp.int32)
+    arguments = random_prefill(config, page_tokens, batch, history, new, seed)
     attend = functools.partial(
         prefill_attention,
         layer=0,
@@ -193,7 +189,7 @@ def _time_prefill(config, page_tokens, backend, interpret, seed, batch, new, his
         backend=backend,
         interpret=interpret,
     )
-    seconds = _chained(attend, query, pool, tables, starts, lengths, rope, calls=16)
+    seconds = _chained(attend, *arguments, calls=16)
     pairs = batch * (new * history + new * (new + 1) / 2)
     flops = 4 * config.num_heads * config.head_dim * pairs
     return {"seconds": seconds, "flops_s": flops / seconds}

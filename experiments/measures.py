@@ -30,6 +30,16 @@ def spread(values: Iterable[float | None]) -> dict[str, float | None]:
     }
 
 
+def gains(cached: Mapping, recompute: Mapping) -> dict[str, float]:
+    """What the cache gains over computing again, from the summaries of both modes."""
+    later = [m["prefill_s_later_turns"]["mean"] for m in (cached, recompute)]
+    speed = [m["prompt_tokens"] / m["prefill_total_s"] for m in (cached, recompute)]
+    return {
+        "ttft_reduction_later_turns": 1 - later[0] / later[1],
+        "prefill_speedup": speed[0] / speed[1],
+    }
+
+
 def mode_summary(replayed: Replayed) -> dict:
     """One mode of a run.
 

@@ -27,7 +27,7 @@ from cachedattn_jax.model.config import LlamaConfig, preset
 from cachedattn_jax.model.llama import init_params, weights_digest
 from cachedattn_jax.run_directory import Claim, InvariantBroken, RunDirectory
 from cachedattn_jax.store.budget import StoreConfig
-from experiments.measures import SOURCES, compare_tokens, mode_summary
+from experiments.measures import SOURCES, compare_tokens, gains, mode_summary
 from experiments.replay import Replayed, TurnName, replay
 from experiments.report import write_report
 from experiments.workload import Workload
@@ -76,9 +76,7 @@ def run(
         settings = dataclasses.replace(engine, reuse=mode)
         with Engine(config, params, settings, store, weights=weights) as served:
             said = replays[MODES[0]].turns if replays else None
-            replays[mode] = _play(
-                console, served, played, mode, seed, time_factor, said
-            )
+            replays[mode] = play(console, served, played, mode, seed, time_factor, said)
             traces[mode] = served.timeline.chrome_trace()
             counted[mode] = {**served.totals.describe(), **served.stats().describe()}
             events[mode] = served.timeline.events
@@ -103,7 +101,7 @@ def run(
     return summary
 
 
-def _play(
+def play(
     console: Console,
     engine: Engine,
     workload: Workload,
@@ -112,6 +110,7 @@ def _play(
     time_factor: float,
     transcript: Mapping[TurnName, Turn] | None,
 ) -> Replayed:
+    """Compiles all programs and plays a workload, with a bar for each."""
     with Progress(console=console) as progress:
         compiling = progress.add_task(f"{mode}: compile", total=None)
         engine.warm_up(
@@ -144,16 +143,13 @@ def _summary(
     modes = {mode: mode_summary(replayed) for mode, replayed in replays.items()}
     cached, recompute = modes["cached"], modes["recompute"]
     tokens = compare_tokens(replays["cached"].turns, replays["recompute"].turns)
-    later = [m["prefill_s_later_turns"]["mean"] for m in (cached, recompute)]
-    speed = [m["prompt_tokens"] / m["prefill_total_s"] for m in (cached, recompute)]
     comparison = {
         "tokens_identical": not tokens.differences,
         "turns_compared": tokens.num_turns,
         "tokens_compared": tokens.num_tokens,
         "ties": tokens.ties,
         "differences": tokens.differences,
-        "ttft_reduction_later_turns": 1 - later[0] / later[1],
-        "prefill_speedup": speed[0] / speed[1],
+        **gains(cached, recompute),
     }
     return {
         "workload": workload.describe(),

@@ -52,10 +52,6 @@ class Survey:
         self._found: deque[tuple[SessionRecord, list[PageKey]]] = deque()
         self._read: Future[bool] | None = root.submit_chore(self._read_all)
 
-    @property
-    def is_over(self) -> bool:
-        return self._read is None
-
     def poll(self) -> None:
         """Takes in some of what was found out; deletes orphans at the end."""
         if self._read is None:
