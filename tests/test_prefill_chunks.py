@@ -1,9 +1,12 @@
 """How a prompt is cut into programs."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cachedattn_jax.engine.chunks import plan_chunks
+from cachedattn_jax.engine.prefill import has_history
+from pallas_kernels.prefill_attention import FRESH_TOKENS
 
 SIZES = (16, 32, 64, 256)
 
@@ -42,3 +45,14 @@ def test_where_a_call_costs_much_there_are_fewer_of_them():
     ):
         assert len(plan_chunks(num_tokens, sizes, call_tokens=28)) == cheap
         assert len(plan_chunks(num_tokens, sizes, call_tokens=400)) == dear
+
+
+@pytest.mark.parametrize("start", [1, 64, 8192])
+def test_a_chunk_with_tokens_before_it_always_reads_them(start):
+    for num_tokens in (1, FRESH_TOKENS - 1, FRESH_TOKENS, 4 * FRESH_TOKENS):
+        assert has_history(num_tokens, start)
+
+
+def test_only_long_chunks_at_the_start_have_a_program_without_a_history():
+    assert has_history(FRESH_TOKENS - 1, 0)
+    assert not has_history(FRESH_TOKENS, 0)
