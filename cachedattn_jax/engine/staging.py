@@ -69,8 +69,12 @@ class Staging:
         self._pages_per_sequence = store.layout.num_pages(window)
         self._looked_at: weakref.WeakSet[Turn] = weakref.WeakSet()
 
-    def look_ahead(self) -> None:
-        """Leases the next turns that have something to load; their copies begin."""
+    def look_ahead(self, first: Turn | None) -> None:
+        """Leases the next turns that have something to load; their copies begin.
+
+        Args:
+            first: the one that starts now, whatever it has to load.
+        """
         if not self._config.is_preloading:
             return
         for turn in self._scheduler.startable(self._config.max_staged):
@@ -80,7 +84,9 @@ class Staging:
             self._looked_at.add(turn)
             with _blamed_on(turn):
                 prospect = self._prospects.of(turn)
-                if prospect.has_loads and self._lease(turn, prospect) is None:
+                # To lay it out once more would take 8K tokens a millisecond.
+                is_wanted = turn is first or prospect.has_loads
+                if is_wanted and self._lease(turn, prospect) is None:
                     return
         for turn, job in self.jobs.items():
             with _blamed_on(turn):
