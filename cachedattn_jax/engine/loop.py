@@ -93,7 +93,7 @@ class Loop:
         if self._running.blocked is not None:
             return  # the first in the queue needs every slot that gets free
         with self._ending.bad_turns():
-            self._staging.look_ahead(self._next())
+            self._staging.look_ahead(self._next(), is_idle=not self._running.decoding)
         if self._config.is_preloading:
             self._store.prefetch()
 
@@ -108,11 +108,11 @@ class Loop:
             self._collect(leave=0)
             turn.times.started_s = time.monotonic()
             patience_s = _PATIENCE_S
-        job = None
+        job, is_idle = None, not self._running.decoding
         with self._ending.bad_turns():
-            job = self._staging.next(patience_s)
-            if job is None and not self._running.decoding:
-                job = self._staging.wait(turn, None)
+            job = self._staging.next(patience_s, is_idle=is_idle)
+            if job is None and is_idle:  # the device waits for the pages itself
+                job = self._staging.wait(turn, None, only_put=True)
         if job is not None and self._has_room(job):
             self._start(job)
         elif job is not None or self._staging.is_blocked(turn) and not turn.is_finished:
