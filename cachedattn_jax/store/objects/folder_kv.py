@@ -28,8 +28,8 @@ _MAX_THREADS = 16
 # Of a vector of pieces, POSIX allows as many.
 _MAX_PIECES = 1024
 # Reads ahead grow from the size of the first read, in ever larger pieces of page cache.
-# A first read of a whole page of 2 MiB comes in pieces of 4 KiB: 1.7 GB/s from a disk
-# that gives 2.5 to one large file; after one of 16 KiB it is 2.1, after 4 KiB 2.2.
+# A first read of a whole page of 2 MiB comes in pieces of 4 KiB: 1.6 GB/s from a disk
+# that gives 2.5 to one large file; after one of 16 KiB it is 2.1, after 4 KiB 2.3.
 _FIRST_READ_BYTES = 4 * 1024
 
 
