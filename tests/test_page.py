@@ -44,7 +44,7 @@ def make_object(seed: int = 0) -> tuple[bytes, bytes]:
 def read(data: bytes) -> bytes:
     header = decode_header(LAYOUT, KEY, data)
     payload = memoryview(data)[payload_offset(LAYOUT) :]
-    verify_layers(LAYOUT, header, 0, LAYOUT.num_layers, payload)
+    verify_layers(LAYOUT, header, range(LAYOUT.num_layers), [payload])
     if len(payload) != LAYOUT.page_bytes:
         raise BadPage("torn")
     return bytes(payload)
@@ -65,12 +65,15 @@ def test_a_layer_group_is_a_byte_range_that_can_be_verified_alone(group):
     part = memoryview(data[group_range(LAYOUT, group)])
     start = group * LAYOUT.group_bytes
     assert bytes(part) == payload[start : start + LAYOUT.group_bytes]
-    num_layers = LAYOUT.layers_per_group
-    verify_layers(LAYOUT, header, group * num_layers, num_layers, part)
+    layers, others = [range(2), range(2, 4)][:: 1 - 2 * group]
+    verify_layers(LAYOUT, header, layers, [part])
+    verify_layers(LAYOUT, header, layers, [part[:7], part[7:]])
     with pytest.raises(BadPage, match="checksum"):
-        verify_layers(LAYOUT, header, (1 - group) * num_layers, num_layers, part)
+        verify_layers(LAYOUT, header, others, [part])
+    with pytest.raises(BadPage, match="checksum"):
+        verify_layers(LAYOUT, header, layers, [part[7:], part[:7]])
     with pytest.raises(BadPage, match="torn"):
-        verify_layers(LAYOUT, header, group * num_layers, num_layers + 1, part)
+        verify_layers(LAYOUT, header, range(4), [part])
 
 
 @given(st.data())

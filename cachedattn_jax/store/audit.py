@@ -168,7 +168,7 @@ class Audit:
         end = page_format.payload_offset(layout)
         header = page_format.decode_header(layout, _key_of(name), data[:end])
         payload = memoryview(data)[end:]
-        page_format.verify_layers(layout, header, 0, layout.num_layers, payload)
+        page_format.verify_layers(layout, header, range(layout.num_layers), [payload])
         return header, bytes(payload)
 
     def remove(self, name: str) -> None:

@@ -164,38 +164,40 @@ def decode_header(layout: Layout, key: PageKey, data: bytes) -> PageHeader:
 
 
 def verify_layers(
-    layout: Layout,
-    header: PageHeader,
-    first_layer: int,
-    num_layers: int,
-    payload: Buffer,
+    layout: Layout, header: PageHeader, layers: range, pieces: Buffers
 ) -> None:
-    """Checks whole layers, `first_layer` and the following, against the header.
+    """Checks the bytes of whole layers, in order, against the header.
 
     Raises:
         BadPage: the bytes end early or differ from what was written.
     """
-    if memoryview(payload).nbytes != num_layers * layout.layer_bytes:
+    if num_bytes(pieces) != len(layers) * layout.layer_bytes:
         raise BadPage("torn")
-    expected = header.checksums[first_layer : first_layer + num_layers].reshape(-1)
+    expected = header.checksums[layers.start : layers.stop].reshape(-1)
     # One pass over all heads: calls for 8 KiB each take longer than their bytes.
-    if joined_checksum(expected, layout.head_bytes) != crc32c.crc32c(payload):
+    found = 0
+    for piece in pieces:
+        found = crc32c.crc32c(piece, found)
+    if joined_checksum(expected, layout.head_bytes) != found:
         raise BadPage("checksum")
 
 
 def joined_checksum(checksums: np.ndarray, num_bytes: int) -> int:
     """CRC-32C of pieces of so many bytes one after the other, from those of each."""
-    pieces = np.ascontiguousarray(checksums, "<u4").view(np.uint8).reshape(-1, 4)
-    tables = _tables(len(pieces), num_bytes)
-    moved = np.take_along_axis(tables, pieces[..., None], axis=2)
-    return int(np.bitwise_xor.reduce(moved, axis=None))
+    parts = np.ascontiguousarray(checksums, "<u4").view(np.uint8)
+    starts, table = _tables(len(checksums), num_bytes)
+    return int(np.bitwise_xor.reduce(table.take(starts + parts)))
 
 
 @functools.cache
-def _tables(num_pieces: int, num_bytes: int) -> np.ndarray:
-    """uint32 [pieces, 4, 256]: what a byte in the CRC of each is in that of all.
+def _tables(num_pieces: int, num_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a byte in the CRC of each piece is in that of all.
 
     A CRC is linear: zeros behind a piece move the bits of its CRC, each by itself.
+
+    Returns:
+        int64 [4 * pieces], where the values of a byte begin in the table.
+        uint32 [4 * pieces * 256], the table.
     """
     zeros = bytes(num_bytes)
     of_zeros = crc32c.crc32c(zeros)
@@ -204,7 +206,8 @@ def _tables(num_pieces: int, num_bytes: int) -> np.ndarray:
         rows.append([crc32c.crc32c(zeros, moved) ^ of_zeros for moved in rows[-1]])
     bits = np.array(rows[::-1], np.uint32).reshape(num_pieces, 4, 8, 1)
     has_bit = np.arange(256) >> np.arange(8)[:, None] & 1
-    return np.bitwise_xor.reduce(np.where(has_bit, bits, 0), axis=2).astype(np.uint32)
+    table = np.bitwise_xor.reduce(np.where(has_bit, bits, 0), axis=2)
+    return 256 * np.arange(4 * num_pieces), table.astype(np.uint32).reshape(-1)
 
 
 def _checksums(layout: Layout, payload: Buffer) -> list[int]:
