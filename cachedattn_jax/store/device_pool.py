@@ -26,9 +26,6 @@ TOGETHER = 8
 
 Item = TypeVar("Item")
 
-_extract_group = jax.jit(extract_pages)
-
-
 @functools.partial(jax.jit, donate_argnums=0)
 def _install(pool, pages, slots):
     # The pool is donated to the next program, so something else tells the end of this.
@@ -42,9 +39,10 @@ def _install_together(pool, runs, slots):
     return pool, slots[0, :1]
 
 
-@jax.jit
-def _extract(pools, slots):
-    return [extract_pages(pool, slots) for pool in pools]
+@functools.partial(jax.jit, static_argnames="memory")
+def _extract(pools, slots, memory):
+    runs = [extract_pages(pool, slots) for pool in pools]
+    return runs if memory is None else jax.device_put(runs, memory)
 
 
 def split_runs(items: Sequence[Item]) -> Iterator[list[Item]]:
@@ -96,6 +94,11 @@ class DevicePool:
             for _ in range(self.layout.num_groups)
         ]
         self._free[:] = range(self.num_slots - 1, -1, -1)
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether the memory of the device is that of the host."""
+        return self.platform == "cpu"
 
     @property
     def is_lost(self) -> bool:
@@ -181,25 +184,37 @@ class DevicePool:
                 f" not set: {error}"
             ) from error
 
-    def extract(self, slots: Sequence[int]) -> list[jax.Array]:
-        """Copies a run out of the pool, on the device, one array a group."""
-        return _extract(self.arrays, np.asarray(slots, np.int32))
+    def extract(
+        self, slots: Sequence[int], *, to_host: bool = False
+    ) -> list[jax.Array]:
+        """Copies a run out of the pool, one array a group.
 
-    def extract_group(self, group: int, slots: Sequence[int]) -> jax.Array:
+        Args:
+            to_host: to pinned host memory and not on the device. Only CPUs do that at
+                the speed of memory: elsewhere later programs wait for the link.
+        """
+        return self._extract(self.arrays, slots, to_host)
+
+    def extract_group(
+        self, group: int, slots: Sequence[int], *, to_host: bool = False
+    ) -> jax.Array:
         """The same of one layer group."""
-        return _extract_group(self.arrays[group], np.asarray(slots, np.int32))
+        return self._extract(self.arrays[group : group + 1], slots, to_host)[0]
+
+    def _extract(
+        self, pools: list[jax.Array], slots: Sequence[int], to_host: bool
+    ) -> list[jax.Array]:
+        memory = self.host_sharding if to_host else None
+        return _extract(pools, np.asarray(slots, np.int32), memory=memory)
 
     def put_on_host(
-        self, runs: Sequence[np.ndarray | jax.Array], *, is_emulated: bool = False
+        self, runs: Sequence[np.ndarray | jax.Array], *, are_there: bool = False
     ) -> list[jax.Array]:
         """Starts the copies of runs to pinned host memory.
 
         Args:
-            is_emulated: an emulated link takes the time of the copy. On CPU the runs
-                are in host memory already, so nothing is copied then.
+            are_there: nothing is to be copied.
         """
         if self.faults is not None:
             self.faults.strike_host()
-        if is_emulated and self.platform == "cpu":
-            return [jnp.asarray(run) for run in runs]
-        return jax.device_put(list(runs), self.host_sharding)
+        return list(runs) if are_there else jax.device_put(list(runs), self.host_sharding)

@@ -162,7 +162,8 @@ class Saver:
             self._counters["pages_not_saved"] += len(entries)
             return True
         try:
-            groups = self._pool.extract([e.slot for e in entries if e.slot is not None])
+            slots = [e.slot for e in entries if e.slot is not None]
+            groups = self._pool.extract(slots, to_host=self.outbound.is_direct)
         except Exception:  # out of memory, most likely: they are not saved
             self._counters["save_failures"] += 1
             return True
