@@ -26,6 +26,7 @@ TOGETHER = 8
 
 Item = TypeVar("Item")
 
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _install(pool, pages, slots):
     # The pool is donated to the next program, so something else tells the end of this.
@@ -217,4 +218,6 @@ class DevicePool:
         """
         if self.faults is not None:
             self.faults.strike_host()
-        return list(runs) if are_there else jax.device_put(list(runs), self.host_sharding)
+        if are_there:
+            return list(runs)
+        return jax.device_put(list(runs), self.host_sharding)

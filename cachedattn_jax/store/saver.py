@@ -56,6 +56,7 @@ class Saver:
         # By turn: the rows of a slab go together if they belong to one conversation.
         self._queue: dict[str, dict[bytes, PageEntry]] = {}
         self._waiting: deque[_Run] = deque()
+        self._no_room_at: tuple[int, int] | None = None
 
     @property
     def under_way(self) -> list[Copy]:
@@ -80,6 +81,8 @@ class Saver:
         """Starts saving queued pages of turns that have some; never waits."""
         self.outbound.settle()
         self._admit_waiting()
+        if self._no_room_at == self._room():
+            return
         for turn in [t for t, q in self._queue.items() if len(q) >= SAVED_TOGETHER]:
             if not self.save_queued(turn):
                 return
@@ -157,6 +160,8 @@ class Saver:
         has_room = self._evictor.make_host_room(num_bytes, may_wait=False)
         can_ever = num_bytes <= self._host.capacity_bytes
         if not has_room and can_ever and not may_wait:
+            # Writes under way may make room at any time, so then it is tried again.
+            self._no_room_at = None if self._evictor.has_disk else self._room()
             return False
         if not has_room and not can_ever and not self._evictor.has_disk:
             self._counters["pages_not_saved"] += len(entries)
@@ -210,6 +215,13 @@ class Saver:
         for row, entry in enumerate(run.entries):
             if not self._evictor.write(entry, slab.groups, row):
                 self._counters["pages_not_saved"] += 1
+
+    def _room(self) -> tuple[int, int]:
+        """While this stays the same, nothing has left host memory, nor may it now.
+
+        A look for room that is not there takes 0.1 ms, and there are two at each step.
+        """
+        return self._host.used_bytes, self._index.placement.room.running_host_bytes
 
     def _admit_waiting(self) -> None:
         while self._waiting and self._evictor.make_host_room(
