@@ -155,6 +155,7 @@ def point(
     said = noise(rng, history, vocab)
     decisions: Counter[str] = Counter()
     computed: Counter[str] = Counter()
+    reasons: list[str] = []
     for served in engines.values():
         served.store.links.emulate(None, None)
         # What the point before left would stand in the way of a long history.
@@ -172,8 +173,9 @@ def point(
         serve(served)
         if way == "decided":
             decisions[turn.decision] += 1
+            reasons.append(turn.decision_reason)
         computed[way] = turn.tokens_from.recomputed
-        return turn.prefill_s or 0.0
+        return turn.ttft_s or 0.0
 
     trials = {way: functools.partial(trial, way) for way in names}
     times = repeat(trials, repeats, f"history {history}, new {new}")
@@ -185,6 +187,7 @@ def point(
         "seconds": median,
         "recomputed_tokens": dict(computed),
         "decision": decisions.most_common(1)[0][0],
+        "reason": reasons[-1],
         "regret": max(0.0, median["decided"] / better - 1),
     }
 

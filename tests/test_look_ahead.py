@@ -43,7 +43,7 @@ def assert_accounts_agree(engine) -> None:
     alone: Counter = Counter()
     for tier in Tier:
         for entry in store.index.in_tier(tier):
-            assert entry.is_in(tier)
+            assert tier in entry.tiers
             held.setdefault(entry.session, Counter())[tier] += size
             if tier is Tier.DISK and entry.is_on_disk_only:
                 alone[entry.session] += size

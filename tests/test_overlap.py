@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from cachedattn_jax.engine.prospect import Prospects
 from cachedattn_jax.engine.request import Request
 from cachedattn_jax.store import page_reader
 from cachedattn_jax.store.link import EmulatedLink
@@ -67,21 +68,26 @@ def test_tokens_do_not_depend_on_how_loading_overlaps(
 
 
 def recorded(engine) -> list[tuple[str, int]]:
-    """What is put and computed from now on, and the group it is for."""
+    """What is put, installed and computed from now on, and the group it is for."""
     log: list[tuple[str, int]] = []
     pool, prefill = engine.store.pool, engine._prefill
-    put, compute = pool.put, prefill.compute
+    put, install, compute = pool.put, pool.install, prefill.compute
     num_puts = iter(range(1000))
 
     def logged_put(runs):
         log.append(("put", next(num_puts)))
         return put(runs)
 
+    def logged_install(group, runs):
+        log.append(("install", group))
+        return install(group, runs)
+
     def logged_compute(group, step):
         log.append(("compute", group))
         return compute(group, step)
 
-    pool.put, prefill.compute = logged_put, logged_compute
+    pool.put, pool.install = logged_put, logged_install
+    prefill.compute = logged_compute
     return log
 
 
@@ -104,6 +110,41 @@ def test_groups_are_put_as_far_ahead_as_the_read_buffer_allows(put_order, read_b
         # Put first: the copy that overlaps this group has started, too.
         shown = group + ahead + (put_order == "put_first")
         assert num_put == min(4, shown)
+
+
+@pytest.mark.parametrize("shares_link", [False, True])
+def test_a_turn_that_starts_alone_does_not_crowd_the_link(shares_link):
+    engine = make_engine(layers_per_group=1, read_buffer=3)
+    engine.store.pool.platform = "gpu" if shares_link else "cpu"
+    ask(engine, "a", random_tokens(np.random.default_rng(0), 30))
+    move_down(engine, Tier.HOST)
+    log = recorded(engine)
+    turn = ask(engine, "a", [7])
+    kinds = [kind for kind, _ in log]
+    # One group at a time: each waits for the one before it to be installed, and for
+    # nothing that computes.
+    one_by_one = ["put", *["install", "put", "compute"] * 3, "install", "compute"]
+    assert (kinds == one_by_one) == shares_link
+    assert sorted(kinds) == sorted(one_by_one)
+    assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 4))
+
+
+@pytest.mark.parametrize("is_on_device", [True, False])
+def test_a_turn_that_starts_at_once_is_laid_out_once(monkeypatch, is_on_device):
+    engine = make_engine()
+    ask(engine, "a", random_tokens(np.random.default_rng(0), 30))
+    if not is_on_device:
+        move_down(engine, Tier.HOST)
+    laid_out, of = [], Prospects.of
+
+    def counted(self, turn):
+        laid_out.append(turn)
+        return of(self, turn)
+
+    monkeypatch.setattr(Prospects, "of", counted)
+    turn = ask(engine, "a", [7])
+    assert laid_out == [turn]
+    assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 4))
 
 
 def test_pages_of_the_next_turn_are_put_while_the_one_before_computes():

@@ -9,6 +9,7 @@ from cachedattn_jax.store.link import EmulatedLink
 from cachedattn_jax.store.placement.tier import Tier
 from experiments.bench import to_tier
 from tests.engines import (
+    HeldLink,
     ask,
     assert_nothing_leaked,
     assert_same_reply,
@@ -137,6 +138,52 @@ def test_a_long_prefill_leaves_layer_group_by_layer_group():
         pages * engine.store.layout.page_bytes
     )
     assert turn.bytes_device_to_host == pages * engine.store.layout.page_bytes
+
+
+def test_the_last_layer_group_leaves_behind_the_first_token(monkeypatch):
+    engine = make_engine(page_tokens=4, layers_per_group=1)
+    saver, prefill = engine.store.saver, engine._prefill
+    first_token, sent = prefill.first_token, []
+
+    def watched(*args, **kwargs):
+        sent.append(engine.store.counters["bytes_device_to_host"])
+        return first_token(*args, **kwargs)
+
+    monkeypatch.setattr(prefill, "first_token", watched)
+    turn = engine.submit(request("a", random_tokens(np.random.default_rng(0), 70)))
+    while not turn.is_finished:
+        engine.step()
+    run_bytes = 16 * engine.store.layout.group_bytes
+    assert sent == [3 * run_bytes]
+    saver.drain()
+    pages = -(-(len(turn.prompt) + 3) // 4)
+    saved = engine.store.counters["bytes_device_to_host"]
+    assert saved == pages * engine.store.layout.page_bytes
+    assert_nothing_leaked(engine)
+
+
+@pytest.mark.parametrize("bytes_per_s", [None, 1e5])
+def test_no_more_pages_are_handed_over_than_tokens_can_wait_behind(bytes_per_s):
+    engine = make_engine(page_tokens=4)
+    links, saver = engine.store.links, engine.store.saver
+    if bytes_per_s is None:
+        links.device_to_host = link = HeldLink()
+    else:
+        links.emulate(EmulatedLink(bytes_per_s=bytes_per_s), None)
+    turn = engine.submit(request("a", random_tokens(np.random.default_rng(0), 60), 20))
+    most = 0
+    while not turn.is_finished:
+        engine.step()
+        # When it ends, the rest follows at once.
+        most = most if turn.is_finished else max(most, len(saver.under_way))
+    # 15 pages are 6 runs. An emulated link carries no tokens, and two keep it busy.
+    assert most == (1 if bytes_per_s is None else 2)
+    assert num_saved(engine) == -(-(len(turn.prompt) + 19) // 4)
+    if bytes_per_s is None:
+        link.let_go(100)
+    links.emulate(None, None)
+    saver.drain()
+    assert_nothing_leaked(engine)
 
 
 def test_only_new_pages_are_ever_copied_out():

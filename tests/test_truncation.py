@@ -262,7 +262,7 @@ def test_two_thousand_tokens_past_the_window_take_no_memory_and_no_recomputation
 def num_programs() -> int:
     from cachedattn_jax.engine import decode, prefill, rewrite
 
-    jitted: list[Any] = [decode._step, prefill._group, prefill._embed, rewrite._move]
+    jitted: list[Any] = [decode._step, prefill._group, prefill._begin, rewrite._move]
     return sum(program._cache_size() for program in jitted)
 
 

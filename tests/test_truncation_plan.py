@@ -1,15 +1,20 @@
 """Which tokens a truncation takes, and what the keys of the pages after it say."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cachedattn_jax.engine.plan import plan_turn
+from cachedattn_jax.engine.request import Request
 from cachedattn_jax.engine.truncation import (
     TruncationConfig,
     pages_to_drop,
     plan_truncations,
 )
+from cachedattn_jax.store.catalog import SessionRecord
 from cachedattn_jax.store.chain import Chain
 from cachedattn_jax.store.truncation import Context, Truncation, context_after
 from tests.test_page import LAYOUT
@@ -125,3 +130,34 @@ def test_the_ratio_is_rounded_up_to_pages(window, page_tokens, ratio):
     pages = pages_to_drop(window, page_tokens, ratio)
     assert pages >= 1 and pages * page_tokens >= int(ratio * window)
     assert (pages - 1) * page_tokens < max(1, int(ratio * window))
+
+
+@given(st.data())
+def test_a_prompt_that_leaves_what_was_said_finds_the_pages_of_what_it_shares(data):
+    """The keys a session kept are those that hashing it anew gives."""
+    draw = data.draw
+    said, truncations = story_of(data)
+    num_shared = draw(st.integers(0, len(said)))
+    prompt = np.concatenate([said[:num_shared], np.full(3, 9, np.int32)])
+    num_cached = len(said) - 1
+    chain = Chain(layout=LAYOUT, salt=b"s").after(said, truncations, num_cached)
+    record = SessionRecord(
+        session_id="a",
+        tenant="t",
+        token_ids=said,
+        num_turns=1,
+        used_at=0.0,
+        truncations=tuple(item for item in truncations if item.at <= num_cached),
+        chain=chain,
+    )
+    request = Request(
+        session_id="a", token_ids=prompt.tolist(), max_tokens=2, is_whole_prompt=True
+    )
+    kept, anew = (
+        plan_turn(LAYOUT, TruncationConfig(), 1000, request, known, b"s")
+        for known in (record, dataclasses.replace(record, chain=None))
+    )
+    assert kept.stored.pages == anew.stored.pages
+    assert kept.whole.pages == anew.whole.pages
+    assert kept.stored.position == anew.stored.position
+    assert (kept.tail is None) == (anew.tail is None)

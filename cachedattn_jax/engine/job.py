@@ -3,6 +3,7 @@
 Knows tokens, slots and what is under way. Does not know when it gets its turn.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -118,12 +119,14 @@ class Job:
     def unpublished(self) -> Iterator[tuple[int, PageKey, np.ndarray]]:
         """Place in the lease, key and tokens of pages that cannot be found yet."""
         step, token_ids = self.chain.layout.page_tokens, self.token_ids
-        for index, page in enumerate(self.chain.pages):
+        pages, context = self.chain.pages, self.chain.context
+        first = bisect_left(pages, self.num_published, key=lambda page: page.token)
+        for index, page in enumerate(pages[first:], first):
             place = self.place(page.token)
-            if page.token >= self.num_published and place is not None:
-                tokens = self.chain.context.tokens(index * step, (index + 1) * step)
+            if place is not None:
+                tokens = context.tokens(index * step, (index + 1) * step)
                 yield place, page.key, token_ids[tokens]
-        self.num_published = self.chain.context.token(step * len(self.chain.pages))
+        self.num_published = context.token(step * len(pages))
 
     def tail(self) -> Tail | None:
         """The partly filled last page, at its place in the lease."""

@@ -66,12 +66,11 @@ class Loop:
         return self._ending.totals
 
     def step(self) -> None:
-        """Advances every turn that can advance; the whole design in six calls."""
+        """Advances every turn that can advance; the whole design in five calls."""
         self._look_ahead()
         self._start_next()
         self._prefill_groups()
         self._decode_batch()
-        self._store.poll()  # starts saves while the device has work
         self._collect(leave=1)
 
     def stop(self) -> None:
@@ -84,36 +83,36 @@ class Loop:
     # ---- the five verbs of a step ----
 
     def _look_ahead(self) -> None:
-        """Looks after copies under way, and begins those of the next turns."""
+        """Looks after copies under way, and begins those of the next turns.
+
+        Saves begin when the tokens of the step before have come: pages handed over
+        before would delay them. The device has a step in flight meanwhile.
+        """
         self._ending.end_cancelled()
         self._store.poll()
         if self._running.blocked is not None:
             return  # the first in the queue needs every slot that gets free
         with self._ending.bad_turns():
-            self._staging.look_ahead()
+            self._staging.look_ahead(self._next(), is_idle=not self._running.decoding)
         if self._config.is_preloading:
             self._store.prefetch()
 
     def _start_next(self) -> None:
         """Gives a seat to the next turn whose pages are there, or about to come."""
         self._restart_overflowed()
-        turn, running = self._scheduler.next(), self._running
-        if turn is None or turn is running.blocked or running.prefilling is not None:
+        if (turn := self._next()) is None:
             return
-        if running.paused:
-            return  # what gets free is for a turn that runs
         patience_s = 0.0
         if turn.times.started_s is None:
-            # The turn starts on an idle device, or its prefill would be timed with a
-            # step of others in it.
+            # On an idle device, or its prefill would be timed with a step of others.
             self._collect(leave=0)
             turn.times.started_s = time.monotonic()
             patience_s = _PATIENCE_S
-        job = None
+        job, is_idle = None, not self._running.decoding
         with self._ending.bad_turns():
-            job = self._staging.next(patience_s)
-            if job is None and not self._running.decoding:
-                job = self._staging.wait(turn, None)
+            job = self._staging.next(patience_s, is_idle=is_idle)
+            if job is None and is_idle:  # the device waits for the pages itself
+                job = self._staging.wait(turn, None, only_put=True)
         if job is not None and self._has_room(job):
             self._start(job)
         elif job is not None or self._staging.is_blocked(turn) and not turn.is_finished:
@@ -189,6 +188,11 @@ class Loop:
                         self._record(job, token, margin, now)
 
     # ---- parts of them ----
+
+    def _next(self) -> Turn | None:
+        """The turn that may start in this step, if its pages and slots allow."""
+        turn = self._scheduler.next()
+        return turn if self._running.may_start(turn) else None
 
     def _make_room(self) -> None:
         """Truncates what has filled its window, or pauses it until slots are free."""

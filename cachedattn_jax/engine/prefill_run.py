@@ -127,11 +127,13 @@ class PrefillRun:
         if inbound is not None:
             if len(self.computes) >= _DISPATCH_AHEAD:
                 wait([self.computes[-_DISPATCH_AHEAD][1]])
-            if programs.puts_first:
-                inbound.put_through(group + 1 + self._ahead)
             started_s = time.monotonic()
             installs = inbound.install(group)
             self.installs.append((started_s, programs.watcher.watch(installs)))
+            # Not before the install: on CUDA a copy waits for programs dispatched
+            # before it, and so does not take the link from the group in front of it.
+            if programs.puts_first:
+                inbound.put_through(group + 1 + self._ahead)
         started_s = time.monotonic()
         for step in self.steps:
             programs.compute(group, step)

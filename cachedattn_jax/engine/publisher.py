@@ -30,7 +30,15 @@ class Publisher:
         job.save = GroupwiseSave(store.saver, store.pool, pages, slots, job.name)
 
     def save_group(self, job: Job, group: int) -> None:
-        """Saves a layer group of these pages, which was dispatched."""
+        """Saves a layer group of these pages, which was dispatched.
+
+        The last leaves with `publish`, behind the first token: in front of it, 3 ms of
+        pages delayed the token by as much on an H100.
+        """
+        if group + 1 < self._store.layout.num_groups:
+            self._save_group(job, group)
+
+    def _save_group(self, job: Job, group: int) -> None:
         if job.save is None:
             return
         try:
@@ -46,6 +54,7 @@ class Publisher:
         store = self._store
         job.follow()
         store.leases.publish(job.lease, job.unpublished())
+        self._save_group(job, store.layout.num_groups - 1)
         if job.save is not None:
             job.turn.bytes_device_to_host += job.save.num_bytes
             job.save.finish(job.lease.entries)

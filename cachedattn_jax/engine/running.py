@@ -56,6 +56,10 @@ class Running:
         """A job that waits for a prefill of what a truncation left."""
         return next((job for job in self.decoding if job.is_overflowed), None)
 
+    def may_start(self, turn: Turn | None) -> bool:
+        """Whether the next turn may start: what gets free may be for one that runs."""
+        return turn is not self.blocked and self.prefilling is None and not self.paused
+
     def start(self, job: Job) -> None:
         """Gives a job a seat; its prefill is next."""
         job.seat = self.free_seats.pop()

@@ -74,7 +74,7 @@ class Finder:
     def _usable(self, key: PageKey) -> PageEntry | None:
         """A page that is somewhere, and not only where nothing can be read now."""
         entry = self._index.find(key)
-        if entry is None or not entry.tiers:
+        if entry is None or entry.nearest is None:
             return None
         if entry.is_on_disk_only:
             assert self._disk is not None

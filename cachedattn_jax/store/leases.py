@@ -89,7 +89,8 @@ class Leases:
             tokens = self._pool.layout.page_tokens
             if tail is not None and entry.key == tail.key:
                 tokens = len(tail.token_ids)
-            tokens_from[entry.tiers[0]] += tokens
+            if (tier := entry.nearest) is not None:
+                tokens_from[tier] += tokens
         lease = Lease(
             session=session,
             slots=np.asarray(slots, np.int32),

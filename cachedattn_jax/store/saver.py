@@ -55,6 +55,7 @@ class Saver:
         self._counters = counters
         # By turn: the rows of a slab go together if they belong to one conversation.
         self._queue: dict[str, dict[bytes, PageEntry]] = {}
+        self._begun: set[str] = set()  # of these turns, all that is queued is saved
         self._waiting: deque[_Run] = deque()
         self._no_room_at: tuple[int, int] | None = None
 
@@ -78,13 +79,18 @@ class Saver:
         return num_new
 
     def poll(self) -> None:
-        """Starts saving queued pages of turns that have some; never waits."""
+        """Starts saving queued pages of turns that have some; never waits.
+
+        As many as do not get in the way of tokens: see `Outbound.is_busy`.
+        """
         self.outbound.settle()
         self._admit_waiting()
-        if self._no_room_at == self._room():
+        if self.outbound.is_busy or self._no_room_at == self._room():
             return
-        for turn in [t for t, q in self._queue.items() if len(q) >= SAVED_TOGETHER]:
-            if not self.save_queued(turn):
+        for turn, queue in list(self._queue.items()):
+            if len(queue) >= SAVED_TOGETHER:
+                self._begun.add(turn)
+            if turn in self._begun and not self._save_queued(turn, may_delay=False):
                 return
 
     def save_queued(self, turn: str) -> bool:
@@ -93,12 +99,17 @@ class Saver:
         What found no room stays in the queue and is saved later, when its slot is
         needed at the latest.
         """
+        return self._save_queued(turn, may_delay=True)
+
+    def _save_queued(self, turn: str, *, may_delay: bool) -> bool:
         wanted = _unsaved(self._queue.pop(turn, {}).values())
         for run in split_runs(wanted):
             fits = self.outbound.fits(len(run) * self._pool.layout.page_bytes)
+            fits = fits and (may_delay or not self.outbound.is_busy)
             if not fits or not self._save(run, turn, may_wait=False):
                 self.ask(wanted, turn)
                 return False
+        self._begun.discard(turn)
         return True
 
     def save_now(self, entries: Sequence[PageEntry], turn: str = "") -> None:
@@ -219,7 +230,7 @@ class Saver:
     def _room(self) -> tuple[int, int]:
         """While this stays the same, nothing has left host memory, nor may it now.
 
-        A look for room that is not there takes 0.1 ms, and there are two at each step.
+        Looking for room that is not there takes 0.1 ms of a step.
         """
         return self._host.used_bytes, self._index.placement.room.running_host_bytes
 
