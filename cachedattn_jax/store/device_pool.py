@@ -6,7 +6,7 @@ Knows arrays and slots. Does not know which page a slot holds.
 import functools
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -222,10 +222,10 @@ class DevicePool:
         """Starts the copies of runs to pinned host memory.
 
         Args:
-            are_there: nothing is to be copied.
+            are_there: they are arrays of jax that need no copy.
         """
         if self.faults is not None:
             self.faults.strike_host()
         if are_there:
-            return list(runs)
+            return cast(list[jax.Array], list(runs))
         return jax.device_put(list(runs), self.host_sharding)
