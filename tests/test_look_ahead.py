@@ -113,7 +113,7 @@ def test_the_host_reserve_is_kept_free_and_nothing_is_lost_for_it(
     for name in "abcdefgh":
         ask(engine, name, random_tokens(rng, 30))
         engine.store.settle()
-        assert engine.store.host.has_room(engine.store.placement.reserve_bytes)
+        assert engine.store.host.has_room(engine.store.placement.room.reserve_bytes)
         assert_accounts_agree(engine)
     assert engine.store.counters["pages_left_host"] > 0
     assert engine.store.counters["pages_lost_from_host"] == 0

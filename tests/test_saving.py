@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 
+from cachedattn_jax.engine.truncation import TruncationConfig
+from cachedattn_jax.store.budget import SAVED_TOGETHER
 from cachedattn_jax.store.link import EmulatedLink
 from cachedattn_jax.store.placement.tier import Tier
+from experiments.bench import to_tier
 from tests.engines import (
     HeldLink,
     ask,
@@ -32,6 +35,95 @@ def test_full_pages_leave_while_the_reply_still_grows():
     before_end = [pages for length, pages in seen if length < 55]
     assert before_end[-1] >= 8
     assert before_end == sorted(before_end)
+    assert_nothing_leaked(engine)
+
+
+def test_pages_of_a_reply_become_findable_in_the_runs_that_are_saved_together():
+    engine = make_engine(page_tokens=4)
+    turn = engine.submit(request("a", random_tokens(np.random.default_rng(0), 13), 70))
+    found = {}
+    while not turn.is_finished:
+        engine.step()
+        if not turn.is_finished:
+            num_pages = sum(1 for _ in engine.store.index.in_tier(Tier.DEVICE))
+            found.setdefault(num_pages, len(turn.reply))
+    # 3 pages of the prompt; a reply token is cached when the next one is known.
+    assert found == {
+        pages: max(1, 4 * pages - 13 + 1) for pages in range(3, 20, SAVED_TOGETHER)
+    }
+    assert num_saved(engine) == -(-(13 + 69) // 4)
+    assert_nothing_leaked(engine)
+
+
+@pytest.mark.parametrize("drop", [8, 12])
+def test_pages_of_a_reply_past_the_window_leave_while_it_grows(drop):
+    truncation = TruncationConfig(ratio=drop / 96)
+    engine = make_engine(page_tokens=4, truncation=truncation)
+    turn = engine.submit(request("a", random_tokens(np.random.default_rng(0), 9), 240))
+    unsaved = []
+    while not turn.is_finished:
+        engine.step()
+        pages = list(engine.store.index.in_tier(Tier.DEVICE))
+        unsaved.append(sum(not page.is_saved for page in pages))
+    assert turn.num_truncations >= 5
+    # What is findable and not saved waits for a run that goes together.
+    assert max(unsaved) <= 2 * SAVED_TOGETHER
+    num_full = (len(turn.prompt) + 239) // 4
+    saved_bytes = engine.store.counters["bytes_device_to_host"]
+    assert saved_bytes >= (num_full - SAVED_TOGETHER) * engine.store.layout.page_bytes
+    assert_nothing_leaked(engine)
+
+
+@pytest.mark.parametrize("is_emulated", [False, True])
+def test_on_a_cpu_pages_are_copied_once(is_emulated):
+    engine = make_engine(page_tokens=4)
+    if is_emulated:
+        engine.store.links.emulate(EmulatedLink(bytes_per_s=1e9), None)
+    prompt = random_tokens(np.random.default_rng(0), 70)
+    first = ask(engine, "a", prompt, max_tokens=20)
+    engine.store.saver.drain()
+    slabs = [entry.slab for entry in engine.store.index.in_tier(Tier.HOST)]
+    kinds = {
+        group.sharding.memory_kind
+        for slab in slabs
+        if slab is not None
+        for group in slab.groups
+    }
+    assert kinds == {"device" if is_emulated else "pinned_host"}
+    to_tier(engine, Tier.HOST)
+    turn = ask(engine, "a", [5])
+    assert turn.tokens_from.host == len(first.prompt) + len(first.reply) - 1
+    assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 4))
+    engine.store.links.emulate(None, None)
+
+
+def test_room_that_is_not_there_is_looked_for_when_it_may_have_come(monkeypatch):
+    engine = make_engine(page_tokens=4, host_pages=8, max_batch=2)
+    evictor = engine.store._evictor
+    looks = []
+
+    def counted(num_bytes, *, may_wait):
+        looks.append(num_bytes)
+        return make_host_room(num_bytes, may_wait=may_wait)
+
+    make_host_room = evictor.make_host_room
+    monkeypatch.setattr(evictor, "make_host_room", counted)
+    rng = np.random.default_rng(0)
+    # 8 pages of "a" fill host memory, and stay there while it runs.
+    long = engine.submit(request("a", random_tokens(rng, 33), 40))
+    while num_saved(engine) < 8:
+        engine.step()
+    short = engine.submit(request("b", random_tokens(rng, 40), 12))
+    num_before = len(looks)
+    while not short.is_finished:
+        engine.step()
+    assert len(looks) - num_before <= 6
+    while not long.is_finished:
+        engine.step()
+    # Now pages of "a" may leave for those that wait.
+    saved_bytes = engine.store.counters["bytes_device_to_host"]
+    engine.step()
+    assert engine.store.counters["bytes_device_to_host"] > saved_bytes
     assert_nothing_leaked(engine)
 
 

@@ -6,6 +6,7 @@ room for it. Paper, section 3.2.2.
 
 from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.job import Job
+from cachedattn_jax.store.budget import SAVED_TOGETHER
 from cachedattn_jax.store.groupwise_save import GroupwiseSave
 from cachedattn_jax.store.tiered_store import TieredStore
 
@@ -62,12 +63,17 @@ class Publisher:
         job.turn.bytes_device_to_host += num_pages * store.layout.page_bytes
 
     def publish_filled(self, job: Job) -> None:
-        """The same after a reply token, if it filled a page and that is saved now."""
+        """The same after a reply token, if it filled the last page of a run that is
+        saved now.
+        """
         if not self._saves_meanwhile(job):
             return
         # What is dropped are whole pages, so they still fill up when they did.
-        position = job.context.position(job.num_known)
-        if position % self._store.layout.page_tokens == 0:
+        step, position = self._store.layout.page_tokens, job.context.position
+        num_filled, rest = divmod(position(job.num_known), step)
+        if rest:
+            return
+        if num_filled - position(job.num_published) // step >= SAVED_TOGETHER:
             self.publish(job)
 
     def _saves_meanwhile(self, job: Job) -> bool:

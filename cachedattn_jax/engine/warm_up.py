@@ -76,9 +76,14 @@ def _decode(decode: Decode, size: int) -> None:
 
 def _copy(pool: DevicePool, size: int) -> None:
     nowhere = np.full(size, pool.num_slots, np.int32)
-    on_host = pool.put_on_host(pool.extract(nowhere.tolist()))
+    slots = nowhere.tolist()
+    # To host memory, and as where a link is emulated.
+    for to_host in {False, pool.is_on_host}:
+        pool.extract(slots, to_host=to_host)
+        for group in range(len(pool.arrays)):
+            pool.extract_group(group, slots, to_host=to_host)
+    on_host = pool.put_on_host(pool.extract(slots))
     for group, pages in enumerate(on_host):
-        pool.put_on_host([pool.extract_group(group, nowhere.tolist())])
         (arrived,) = pool.put([pages])
         pool.install(group, [(arrived, nowhere)])
         pool.install(group, [(arrived, nowhere)] * TOGETHER)

@@ -6,7 +6,7 @@ Knows arrays and slots. Does not know which page a slot holds.
 import functools
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,6 @@ TOGETHER = 8
 
 Item = TypeVar("Item")
 
-_extract_group = jax.jit(extract_pages)
-
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _install(pool, pages, slots):
@@ -42,9 +40,10 @@ def _install_together(pool, runs, slots):
     return pool, slots[0, :1]
 
 
-@jax.jit
-def _extract(pools, slots):
-    return [extract_pages(pool, slots) for pool in pools]
+@functools.partial(jax.jit, static_argnames="memory")
+def _extract(pools, slots, memory):
+    runs = [extract_pages(pool, slots) for pool in pools]
+    return runs if memory is None else jax.device_put(runs, memory)
 
 
 def split_runs(items: Sequence[Item]) -> Iterator[list[Item]]:
@@ -96,6 +95,11 @@ class DevicePool:
             for _ in range(self.layout.num_groups)
         ]
         self._free[:] = range(self.num_slots - 1, -1, -1)
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether the memory of the device is that of the host."""
+        return self.platform == "cpu"
 
     @property
     def is_lost(self) -> bool:
@@ -189,25 +193,39 @@ class DevicePool:
                 f" not set: {error}"
             ) from error
 
-    def extract(self, slots: Sequence[int]) -> list[jax.Array]:
-        """Copies a run out of the pool, on the device, one array a group."""
-        return _extract(self.arrays, np.asarray(slots, np.int32))
+    def extract(
+        self, slots: Sequence[int], *, to_host: bool = False
+    ) -> list[jax.Array]:
+        """Copies a run out of the pool, one array a group.
 
-    def extract_group(self, group: int, slots: Sequence[int]) -> jax.Array:
+        Args:
+            to_host: to pinned host memory and not on the device. Only CPUs do that at
+                the speed of memory: elsewhere later programs wait for the link.
+        """
+        return self._extract(self.arrays, slots, to_host)
+
+    def extract_group(
+        self, group: int, slots: Sequence[int], *, to_host: bool = False
+    ) -> jax.Array:
         """The same of one layer group."""
-        return _extract_group(self.arrays[group], np.asarray(slots, np.int32))
+        return self._extract(self.arrays[group : group + 1], slots, to_host)[0]
+
+    def _extract(
+        self, pools: list[jax.Array], slots: Sequence[int], to_host: bool
+    ) -> list[jax.Array]:
+        memory = self.host_sharding if to_host else None
+        return _extract(pools, np.asarray(slots, np.int32), memory=memory)
 
     def put_on_host(
-        self, runs: Sequence[np.ndarray | jax.Array], *, is_emulated: bool = False
+        self, runs: Sequence[np.ndarray | jax.Array], *, are_there: bool = False
     ) -> list[jax.Array]:
         """Starts the copies of runs to pinned host memory.
 
         Args:
-            is_emulated: an emulated link takes the time of the copy. On CPU the runs
-                are in host memory already, so nothing is copied then.
+            are_there: they are arrays of jax that need no copy.
         """
         if self.faults is not None:
             self.faults.strike_host()
-        if is_emulated and self.platform == "cpu":
-            return [jnp.asarray(run) for run in runs]
+        if are_there:
+            return cast(list[jax.Array], list(runs))
         return jax.device_put(list(runs), self.host_sharding)

@@ -49,9 +49,10 @@ class GroupwiseSave:
 
     def save(self, group: int) -> None:
         """Copies out a layer group whose last program was dispatched."""
+        outbound = self._saver.outbound
         for _, slots, slab in self._runs:
-            run = self._pool.extract_group(group, slots)
-            self._saver.outbound.send(slab, [run], self._turn, group)
+            run = self._pool.extract_group(group, slots, to_host=outbound.is_direct)
+            outbound.send(slab, [run], self._turn, group)
 
     def finish(self, entries: Sequence[PageEntry | None]) -> None:
         """The prefill is dispatched: its pages can be found in host memory, too."""

@@ -68,6 +68,14 @@ class Outbound:
         return [flight.copy for flight in self._flights]
 
     @property
+    def is_direct(self) -> bool:
+        """Whether pages are to be extracted to host memory: on a CPU that is faster
+        than a copy of a copy. An emulated link takes the time of the second one.
+        """
+        is_emulated = self._links.device_to_host.emulated is not None
+        return self._pool.is_on_host and not is_emulated
+
+    @property
     def is_busy(self) -> bool:
         """Whether one more copy would delay the tokens of the steps to come.
 
@@ -92,9 +100,9 @@ class Outbound:
             runs: extracted pages, an array a group.
             turn, group: how events note it; `group` where it is one.
         """
-        is_emulated = self._links.device_to_host.emulated is not None
-        on_host = self._pool.put_on_host(runs, is_emulated=is_emulated)
-        after = self._watchers["compute"].watch(runs)
+        on_host = self._pool.put_on_host(runs, are_there=self._pool.is_on_host)
+        # What was extracted to host memory was copied by that, and waits for nothing.
+        after = None if self.is_direct else self._watchers["compute"].watch(runs)
         done = self._watchers["device-to-host"].watch(on_host)
         num_bytes = sum(run.nbytes for run in runs)
         copy = self._links.device_to_host.carry(num_bytes, done, after)

@@ -25,6 +25,7 @@ class Placement:
         host_bytes, disk_bytes: capacities of these tiers.
 
     Attributes:
+        room: what of the tiers is spoken for.
         moves: if a list, what the store did about it: ("fetch", "demote", "drop",
             "evict" from the device or "save" to host memory, session, pages).
     """
@@ -35,7 +36,7 @@ class Placement:
         self.config = config
         self.standings: dict[Session, Standing] = {}
         self.moves: list[Move] | None = None
-        self._room = Room(
+        self.room = Room(
             config.host_reserve,
             config.refill,
             host_bytes=host_bytes,
@@ -48,11 +49,6 @@ class Placement:
         self._num_entries = 0
         # A dictionary for each session, which one policy only asks for.
         self._notes_entries = config.policy == "fifo"
-
-    @property
-    def reserve_bytes(self) -> int:
-        """Host memory that is kept free in the background."""
-        return self._room.reserve_bytes
 
     # ---- what happens to conversations ----
 
@@ -109,7 +105,7 @@ class Placement:
         standing.num_running += 1
         standing.used_at = now
         if standing.num_running == 1:
-            self._room.running_host_bytes += standing.num_bytes.get(Tier.HOST, 0)
+            self.room.running_host_bytes += standing.num_bytes.get(Tier.HOST, 0)
 
     def ended(
         self,
@@ -130,9 +126,9 @@ class Placement:
         standing = self.standings[session]
         standing.num_running -= 1
         if standing.num_running == 0:
-            self._room.running_host_bytes -= standing.num_bytes.get(Tier.HOST, 0)
+            self.room.running_host_bytes -= standing.num_bytes.get(Tier.HOST, 0)
         if standing.is_stored:
-            self._room.stored_kv_bytes += kv_bytes - standing.kv_bytes
+            self.room.stored_kv_bytes += kv_bytes - standing.kv_bytes
         standing.num_turns, standing.num_tokens = num_turns, num_tokens
         standing.kv_bytes, standing.kind = kv_bytes, None
         standing.used_at, standing.returns_at = now, returns_at
@@ -193,7 +189,7 @@ class Placement:
         if tenants and standing.tenant in tenants:
             tenants[standing.tenant].num_bytes += num_bytes - before
         if standing.num_running and tier is Tier.HOST:
-            self._room.running_host_bytes += num_bytes - before
+            self.room.running_host_bytes += num_bytes - before
 
     def on_disk_only(self, session: Session, num_bytes: int) -> None:
         """So many bytes of the session are on disk and nowhere else."""
@@ -213,7 +209,7 @@ class Placement:
 
     def wanted_free_bytes(self, free_bytes: int) -> int:
         """How much host memory to make free in the background; see `Room`."""
-        return self._room.wanted_free_bytes(free_bytes)
+        return self.room.wanted_free_bytes(free_bytes)
 
     def victims(
         self, tier: Tier, now: float, *, spares_next: bool = False
@@ -231,9 +227,9 @@ class Placement:
         """
         first: int | float = 0
         if tier is Tier.DISK:
-            first = self._queue.ticket_behind(self._room.eviction_window)
+            first = self._queue.ticket_behind(self.room.eviction_window)
         elif spares_next:
-            first = self._queue.ticket_behind(self._room.prefetch_window)
+            first = self._queue.ticket_behind(self.room.prefetch_window)
         # What is fetched must not leave again for what is fetched next.
         is_sparing = spares_next and self.config.is_prefetching
         spared_until = first if is_sparing and tier is not Tier.DISK else 0
@@ -246,7 +242,7 @@ class Placement:
         """
         if not (self.config.is_prefetching and self._queue.has_fetches):
             return ()
-        end = self._queue.ticket_behind(self._room.prefetch_window)
+        end = self._queue.ticket_behind(self.room.prefetch_window)
         return self._queue.to_fetch(end)
 
     def expired(self, now: float) -> list[Standing]:
@@ -296,5 +292,5 @@ class Placement:
             del held[tier]
             standing.entered.pop(tier, None)
         num_more = standing.is_stored - was_stored
-        self._room.num_stored += num_more
-        self._room.stored_kv_bytes += num_more * standing.kv_bytes
+        self.room.num_stored += num_more
+        self.room.stored_kv_bytes += num_more * standing.kv_bytes
