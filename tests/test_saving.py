@@ -188,6 +188,24 @@ def test_no_more_pages_are_handed_over_than_tokens_can_wait_behind(bytes_per_s):
     assert_nothing_leaked(engine)
 
 
+def test_a_turn_that_ends_does_not_make_others_wait_for_its_pages():
+    engine = make_engine(page_tokens=4)
+    saver, rng = engine.store.saver, np.random.default_rng(0)
+    engine.store.links.device_to_host = link = HeldLink()
+    other = engine.submit(request("b", random_tokens(rng, 10), 60))
+    turn = engine.submit(request("a", random_tokens(rng, 30), 2))
+    while not turn.is_finished:
+        engine.step()
+    assert not other.is_finished and len(saver.under_way) <= 1
+    while not other.is_finished:
+        engine.step()
+    # Nothing more will be computed: all that is left of both follows at once.
+    assert num_saved(engine) == -(-31 // 4) + -(-69 // 4)
+    link.let_go(100)
+    saver.drain()
+    assert_nothing_leaked(engine)
+
+
 def test_only_new_pages_are_ever_copied_out():
     engine = make_engine(page_tokens=4)
     rng = np.random.default_rng(0)

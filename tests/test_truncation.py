@@ -426,3 +426,30 @@ def test_bad_settings_are_named_with_their_value(fields, sentence):
 def test_dynamic_ntk_is_refused_by_name_with_the_reason():
     with pytest.raises(ValueError, match="'dynamic'.*change with the sequence length"):
         RopeScaling(kind="dynamic", factor=2.0)
+
+
+@pytest.mark.parametrize("has_loads", [False, True])
+def test_a_turn_that_has_just_come_takes_no_slots_from_one_that_restarts(has_loads):
+    engine = make_engine(
+        page_tokens=4,
+        max_batch=3,
+        device_pages=52,
+        loading="always",
+        truncation=TruncationConfig(policy="truncate_tokens_recompute"),
+    )
+    rng = np.random.default_rng(0)
+    if has_loads:
+        ask(engine, "b", random_tokens(rng, 20))
+        engine.store.saver.drain()
+        engine.store.empty(Tier.DEVICE)
+    prompt = random_tokens(rng, 60)
+    turn = engine.session("a").submit(prompt, max_tokens=60)
+    for _ in range(4):
+        engine.step()
+    engine.session("c").submit(prompt, max_tokens=36)
+    while engine._loop._running.overflowed is None:
+        engine.step()
+    engine.session("b").submit(random_tokens(rng, 6 if has_loads else 30), max_tokens=9)
+    engine.run_until_idle()
+    assert turn.error is None and len(turn.reply) == 60
+    assert_nothing_leaked(engine)

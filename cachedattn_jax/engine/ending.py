@@ -61,7 +61,12 @@ class Ending:
         )
         if self._config.reuse == "cached":
             num_pages, turn.stored = self._store.commit(
-                job.lease, job.unpublished(), job.tail(), record, job.name
+                job.lease,
+                job.unpublished(),
+                job.tail(),
+                record,
+                job.name,
+                at_once=self._running.jobs == [job],
             )
             turn.bytes_device_to_host += num_pages * self._store.layout.page_bytes
         else:

@@ -58,7 +58,8 @@ class Running:
 
     def may_start(self, turn: Turn | None) -> bool:
         """Whether the next turn may start: what gets free may be for one that runs."""
-        return turn is not self.blocked and self.prefilling is None and not self.paused
+        has_needy = self.prefilling or self.overflowed or self.paused
+        return turn is not self.blocked and not has_needy
 
     def start(self, job: Job) -> None:
         """Gives a job a seat; its prefill is next."""

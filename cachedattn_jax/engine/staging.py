@@ -176,6 +176,8 @@ class Staging:
         job.num_published = 0
         prospect = self._prospects.of_plan(job.turn, plan)
         lease = self._acquire(job.turn, prospect)
+        if lease is None and self.give_way():
+            lease = self._acquire(job.turn, prospect)
         if lease is None:  # only where shared pages were most of what it gave back
             raise NoSlots("running turns hold all slots that a truncation needs")
         self._fill(job, prospect, lease)

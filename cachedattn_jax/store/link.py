@@ -90,7 +90,7 @@ class Copy:
         end_s = self.done.result()
         self.wait()
         assert self._times is not None
-        return self._times[0], max(end_s, self._due_s)
+        return self._times[0], max(*self._times, end_s, self._due_s)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits until it has arrived, not longer than this; whether it has."""

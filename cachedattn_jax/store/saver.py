@@ -93,15 +93,25 @@ class Saver:
             if turn in self._begun and not self._save_queued(turn, may_delay=False):
                 return
 
-    def save_queued(self, turn: str) -> bool:
-        """Starts saving all queued pages of a turn, if there is room; whether it was.
+    def finish(self, turn: str, *, at_once: bool) -> None:
+        """Lets all that is queued of a turn leave, however little it is.
+
+        Args:
+            at_once: what is queued of the turns that ended before it, too. Otherwise
+                `poll` starts them, behind the tokens of those that run.
+        """
+        if turn in self._queue:
+            self._begun.add(turn)
+        if at_once:
+            for begun in list(self._begun):
+                self._save_queued(begun, may_delay=True)
+
+    def _save_queued(self, turn: str, *, may_delay: bool) -> bool:
+        """Starts saving queued pages, if there is room; whether there was for all.
 
         What found no room stays in the queue and is saved later, when its slot is
         needed at the latest.
         """
-        return self._save_queued(turn, may_delay=True)
-
-    def _save_queued(self, turn: str, *, may_delay: bool) -> bool:
         wanted = _unsaved(self._queue.pop(turn, {}).values())
         for run in split_runs(wanted):
             fits = self.outbound.fits(len(run) * self._pool.layout.page_bytes)
@@ -125,6 +135,7 @@ class Saver:
         """Saves all that is queued and waits until every copy has arrived."""
         for turn in list(self._queue):
             self.save_now(list(self._queue.pop(turn).values()), turn)
+        self._begun.clear()
         started_s = time.monotonic()
         while self.under_way or self._waiting:
             self._free_oldest()

@@ -182,6 +182,8 @@ class TieredStore:
         tail: Tail | None,
         record: SessionRecord,
         turn: str = "",
+        *,
+        at_once: bool = True,
     ) -> "tuple[int, Future[None]]":
         """Ends a turn well: pages findable and saved, then the record, then the old
         tail.
@@ -189,6 +191,7 @@ class TieredStore:
         Args:
             pages: place in the lease, key and tokens of every full page of the context.
             tail: its partly filled last page.
+            at_once: whether no token of another turn would wait behind its pages.
 
         Returns:
             How many pages will leave the device for that, and when the record is
@@ -207,7 +210,7 @@ class TieredStore:
         num_asked = 0
         if self.config.saves_early(record.num_turns - 1):
             num_asked = self.saver.ask(entries, turn)
-            self.saver.save_queued(turn)
+            self.saver.finish(turn, at_once=at_once)
         if self.config.is_saving_synchronous:
             self.saver.drain()
         stored = self.catalog.commit(record)
