@@ -4,7 +4,7 @@ For each size an engine serves the turn that sizes matter to: a history in pinne
 memory and few new tokens, once on an idle device (nothing was copied ahead) and once
 behind another prefill. `Engine.calibrate` tells what a decode step takes.
 
-    cachedattn run configs/h200.gin --gin_bindings 'device.run.only = ("sizes",)'
+    cachedattn run configs/h200_more.gin --gin_bindings 'device.run.only = ("sizes",)'
 
 Expected: what `EngineConfig` takes by default is within 5 % of the best of the sweep.
 """

@@ -84,8 +84,26 @@ def test_the_speed_experiment_runs_and_says_what_refuses(tmp_path):
     claims = {claim.name: claim for claim in summary["claims"]}
     assert claims["decode_error_over_absolute_positions"].holds
     assert claims["prefill_error_over_absolute_positions"].holds
-    assert claims["decode_share_of_copy"].value is None  # its case was not run
+    assert "decode_share_of_copy" not in claims  # its case was not asked for
     rows = {(row["backend"], row["operation"]): row for row in summary["rows"]}
     assert rows["auto", "decode"]["bytes_s"] > 0
     assert rows["auto", "prefill"]["flops_s"] > 0
     assert "cudnn" in rows["cudnn", "decode"]["refused"]
+
+
+def test_a_claim_whose_case_was_left_out_is_missed_and_says_nothing(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.open()
+    summary: dict[str, Any] = kernel_speed.run(
+        directory,
+        models=("llama-3-8b",),
+        decode_cases=((2, 64), (16, 8192)),
+        prefill_cases=((1, 16, 48),),
+        is_checked=False,
+        copy_bytes=1 << 16,
+        product_size=64,
+        seconds=0.0,
+    )
+    (claim,) = summary["claims"]
+    assert (claim.name, claim.value) == ("decode_share_of_copy", None)
+    assert not claim.holds and summary["left_out"] == ["2 cases"]
