@@ -74,7 +74,8 @@ class EngineConfig:
             once the engine was calibrated; "always"; "never".
         read_buffer: layer groups of the next turn that may be copied to the device
             before its prefill starts (paper, section 3.2.1), or "auto": as many as its
-            prefill needs in order not to wait.
+            prefill needs in order not to wait. On CUDA at most 1 for a turn that starts
+            alone; see `Staging.look_ahead`.
         is_preloading: whether the copies of a turn overlap its prefill; False loads
             everything, then computes, the baseline of that section.
         put_order: "put_first" starts a copy before the compute it overlaps,
