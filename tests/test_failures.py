@@ -6,7 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from cachedattn_jax.engine.staging import Staging
 from cachedattn_jax.store import page_reader
+from cachedattn_jax.store.catalog import session_key
+from cachedattn_jax.store.objects.object_names import page_name
 from cachedattn_jax.store.placement.tier import Tier
 from tests.engines import (
     HeldLink,
@@ -311,4 +314,35 @@ def test_a_record_that_cannot_be_written_ends_the_turn(engine, monkeypatch):
         patch.setattr(engine.store.catalog, "commit", refusing)
         (turn,) = engine.run([request("b", [1, 2, 3])])
     assert turn.finish_reason == "error" and isinstance(turn.error, Injected)
+    assert_sound(engine)
+
+
+def test_a_bad_page_that_a_fetch_brings_too_is_not_waited_for_again_and_again(
+    engine, tmp_path, monkeypatch
+):
+    """The turn does without it; the fetch it came with has not been taken in yet."""
+    move_down(engine, Tier.DISK)
+    session = session_key("default", "a")
+    pages = engine.store.index.on_disk_only(session)
+    path = tmp_path / page_name("default", pages[9].key)
+    path.write_bytes(path.read_bytes()[:100])
+    assert engine.store._fetcher.fetch(session)
+    for copy in engine.store._fetcher.under_way:
+        copy.wait()
+    renewed, renew = [], Staging.renew
+
+    def counted(self, job):
+        renewed.append(job)
+        assert len(renewed) < 10, "the same page is found bad for ever"
+        renew(self, job)
+
+    monkeypatch.setattr(Staging, "renew", counted)
+    # The step would take in what was fetched.
+    monkeypatch.setattr(engine.store._fetcher, "poll", lambda: None)
+    turn = ask(engine, "a", [7])
+    monkeypatch.undo()
+    engine.store.settle()
+    assert turn.error is None and len(renewed) == 1
+    assert turn.tokens_from.disk == 9 * 4
+    assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 4))
     assert_sound(engine)

@@ -156,12 +156,17 @@ class Inbound:
         return self._pool.install(group, list(zip(runs, slots, strict=bool(runs))))
 
     def bad(self) -> dict[str, list[PageEntry]]:
-        """Pages that were found bad until now, by reason."""
+        """Pages that were found bad until now, by reason.
+
+        Only those that are wanted: a run that is fetched brings others, too, and would
+        be found bad again and again by turns that do without them.
+        """
         found: dict[str, list[PageEntry]] = {}
         for load in self.loads:
             if isinstance(load.source, DiskRead):
                 for index, reason in load.source.bad().items():
-                    found.setdefault(reason, []).append(load.entries[index])
+                    if load.slots[index] < self._pool.num_slots:
+                        found.setdefault(reason, []).append(load.entries[index])
         return found
 
     def _has_source(self, group: int) -> bool:
