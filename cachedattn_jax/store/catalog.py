@@ -193,6 +193,7 @@ class Catalog:
                 self._on_read(record)
                 return
             known = None
+            root.kv.count("corrupt_record")
         root.kv.count("records_damaged")
         self._stored.discard(name)
         writer.generations.pop(key, None)

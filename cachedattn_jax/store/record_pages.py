@@ -39,4 +39,6 @@ def read_records(
         found = root.kv.read(SESSIONS + session_key(*name)).result()
         record = decode_record(found.value) if found.state == "value" else None
         is_right = record is not None and (record.tenant, record.session_id) == name
+        if found.state == "value" and not is_right:
+            root.kv.count("corrupt_record")
         yield name, record if is_right else None
