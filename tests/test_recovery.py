@@ -226,3 +226,23 @@ def test_time_to_live_counts_from_the_last_turn_and_not_from_the_restart(tmp_pat
         engine.store.settle()
         left = {entry.session for entry in engine.store.index.in_tier(Tier.DISK)}
         assert "default/pinned" not in left
+
+
+def test_a_damaged_record_is_counted_and_its_session_is_new(tmp_path):
+    """Each of the three tries to read it, and what becomes of it."""
+    served_and_closed(tmp_path)
+    path = tmp_path / "sessions" / "default" / "a"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    engine = make_engine(disk_pages=500, disk_root=str(tmp_path))
+    assert engine.store.root is not None
+    counters = engine.store.root.kv.counters
+    finish_survey(engine)
+    assert counters["corrupt_record"] == 1
+    turn = ask(engine, "a", [5])
+    assert counters["corrupt_record"] == 1 + 3
+    assert counters["records_damaged"] == 1
+    assert turn.prompt.tolist() == [5]
+    assert_same_reply(turn.reply, *greedy_reply([5], 4))
+    engine.close()

@@ -96,7 +96,7 @@ class Prospects:
             return Decision.forced(self._config.loading, forced[self._config.loading])
         is_tail = plan.tail is not None and len(found) > plan.tail.index
         return self._cost_model.decide(
-            [entry.nearest for entry in found if entry.nearest is not None],
+            list(filter(None, (entry.nearest for entry in found))),
             plan.context_tokens,
             tail_tokens=len(plan.tail.token_ids) if is_tail and plan.tail else 0,
             copied=copied(found),

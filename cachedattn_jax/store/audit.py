@@ -13,7 +13,7 @@ import numpy as np
 from cachedattn_jax.store import page as page_format
 from cachedattn_jax.store.catalog import (
     SessionRecord,
-    decode_record,
+    record_in,
     session_key,
     session_name,
 )
@@ -82,10 +82,9 @@ class Audit:
         """The record of a session; None for a damaged or missing one."""
         key = SESSIONS + session_key(tenant, session_id)
         found = self.root.kv.read(key).result()
-        record = decode_record(found.value) if found.state == "value" else None
-        if record is None or (record.tenant, record.session_id) != (tenant, session_id):
+        if found.state != "value":
             return None
-        return record
+        return record_in(self.root, found.value, (tenant, session_id))
 
     def pages(self) -> list[str]:
         """Names of all page objects."""

@@ -185,15 +185,14 @@ class Catalog:
             if found.state != "value":
                 self._stored.discard(name)
                 return
-            record = decode_record(found.value)
-            if record is not None and (record.tenant, record.session_id) == name:
+            record = record_in(root, found.value, name)
+            if record is not None:
                 self._records[name] = record
                 self._stored.add(name)
                 self._trim(writer)
                 self._on_read(record)
                 return
             known = None
-            root.kv.count("corrupt_record")
         root.kv.count("records_damaged")
         self._stored.discard(name)
         writer.generations.pop(key, None)
@@ -271,7 +270,21 @@ def _encode(record: SessionRecord) -> bytes:
     return b"%08x\n" % crc32c.crc32c(body) + body
 
 
-def decode_record(data: bytes) -> SessionRecord | None:
+def record_in(root: Root, data: bytes, name: tuple[str, str]) -> SessionRecord | None:
+    """The record that a session's bytes hold; None, and counted, where they are damaged
+    or another session's.
+
+    Args:
+        name: tenant and session id.
+    """
+    record = _decode(data)
+    if record is not None and (record.tenant, record.session_id) == name:
+        return record
+    root.kv.count("corrupt_record")
+    return None
+
+
+def _decode(data: bytes) -> SessionRecord | None:
     """The record that was written; None for damaged bytes."""
     checksum, _, body = data.partition(b"\n")
     if checksum != b"%08x" % crc32c.crc32c(body):

@@ -72,8 +72,7 @@ class Outbound:
         """Whether pages are to be extracted to host memory: on a CPU that is faster
         than a copy of a copy. An emulated link takes the time of the second one.
         """
-        is_emulated = self._links.device_to_host.emulated is not None
-        return self._pool.is_on_host and not is_emulated
+        return self._pool.is_on_host and not self._is_emulated
 
     @property
     def is_busy(self) -> bool:
@@ -83,8 +82,11 @@ class Outbound:
         before: with 12 of 2 ms each, on an H100, one token came 11 ms late, as much as
         a decode step. An emulated link carries nothing else; two keep it busy.
         """
-        is_emulated = self._links.device_to_host.emulated is not None
-        return len(self._flights) >= (2 if is_emulated else 1)
+        return len(self._flights) >= (2 if self._is_emulated else 1)
+
+    @property
+    def _is_emulated(self) -> bool:
+        return self._links.device_to_host.emulated is not None
 
     def fits(self, num_bytes: int) -> bool:
         """Whether it takes so many bytes more; while empty it takes any."""

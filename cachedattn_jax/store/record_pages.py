@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from cachedattn_jax.store.catalog import (
     SessionRecord,
-    decode_record,
+    record_in,
     session_key,
 )
 from cachedattn_jax.store.chain import Chain
@@ -37,8 +37,5 @@ def read_records(
     """
     for name in sessions:
         found = root.kv.read(SESSIONS + session_key(*name)).result()
-        record = decode_record(found.value) if found.state == "value" else None
-        is_right = record is not None and (record.tenant, record.session_id) == name
-        if found.state == "value" and not is_right:
-            root.kv.count("corrupt_record")
-        yield name, record if is_right else None
+        is_there = found.state == "value"
+        yield name, record_in(root, found.value, name) if is_there else None
