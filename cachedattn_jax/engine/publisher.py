@@ -27,7 +27,9 @@ class Publisher:
         first, last = -(-lease.cached_tokens // step), len(job.plan.whole.pages)
         pages = range(first, last)
         slots = lease.slots[first:last].tolist()
-        job.save = GroupwiseSave(store.saver, store.pool, pages, slots, job.name)
+        job.save = GroupwiseSave(
+            store.saver.departures, store.pool, pages, slots, job.name
+        )
 
     def save_group(self, job: Job, group: int) -> None:
         """Saves a layer group of these pages, which was dispatched.

@@ -5,10 +5,12 @@ Knows runs and groups. Does not know where there is room for them. Paper, sectio
 
 from collections.abc import Sequence
 
+import jax
+
+from cachedattn_jax.store.departures import Departures
 from cachedattn_jax.store.device_pool import RUN_PAGES, DevicePool
 from cachedattn_jax.store.host_tier import Slab
 from cachedattn_jax.store.page_index import PageEntry
-from cachedattn_jax.store.saver import Saver
 
 
 class GroupwiseSave:
@@ -25,19 +27,20 @@ class GroupwiseSave:
 
     def __init__(
         self,
-        saver: Saver,
+        departures: Departures,
         pool: DevicePool,
         pages: range,
         slots: Sequence[int],
         turn: str,
     ) -> None:
-        self._saver = saver
+        self._departures = departures
         self._pool = pool
         self._turn = turn
         self._runs: list[tuple[range, list[int], Slab]] = []
+        self._last: list[jax.Array] = []
         size = max(RUN_PAGES)
         for start in range(0, len(pages) - size + 1, size):
-            slab = saver.reserve(size)
+            slab = departures.reserve(size)
             if slab is None:
                 break
             run = slice(start, start + size)
@@ -48,20 +51,29 @@ class GroupwiseSave:
         return sum(slab.num_bytes for _, _, slab in self._runs)
 
     def save(self, group: int) -> None:
-        """Copies out a layer group whose last program was dispatched."""
-        outbound = self._saver.outbound
+        """Takes out a layer group whose last program was dispatched, and copies it.
+
+        The last one waits for `finish`.
+        """
+        outbound = self._departures.outbound
         for _, slots, slab in self._runs:
             run = self._pool.extract_group(group, slots, to_host=outbound.is_direct)
-            outbound.send(slab, [run], self._turn, group)
+            if group + 1 < self._pool.layout.num_groups:
+                outbound.send(slab, [run], self._turn, group)
+            else:
+                self._last.append(run)
 
     def finish(self, entries: Sequence[PageEntry | None]) -> None:
-        """The prefill is dispatched: its pages can be found in host memory, too."""
-        for pages, _, slab in self._runs:
-            self._saver.place([entries[page] for page in pages], slab)
+        """The prefill is dispatched: the last layer group may go, and with it the pages
+        can be found in host memory, too.
+        """
+        for (pages, _, slab), last in zip(self._runs, self._last, strict=True):
+            of_run = [entries[page] for page in pages]
+            self._departures.complete(of_run, slab, last, self._turn)
         self._runs = []
 
     def abandon(self) -> None:
         """The prefill will not end; what was saved of it is worth nothing."""
         for _, _, slab in self._runs:
-            self._saver.cancel(slab)
+            self._departures.cancel(slab)
         self._runs = []

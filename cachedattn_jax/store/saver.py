@@ -6,29 +6,17 @@ ends stays in the buffer, so that the next one does not wait.
 """
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-
-import jax
 
 from cachedattn_jax.store.budget import SAVED_TOGETHER
+from cachedattn_jax.store.departures import Departures
 from cachedattn_jax.store.device_pool import DevicePool, split_runs
 from cachedattn_jax.store.evictor import Evictor
-from cachedattn_jax.store.host_tier import HostTier, Slab
+from cachedattn_jax.store.host_tier import HostTier
 from cachedattn_jax.store.link import Copy
 from cachedattn_jax.store.outbound import Outbound
 from cachedattn_jax.store.page_index import PageEntry, PageIndex
-from cachedattn_jax.store.placement.tier import Tier
-
-
-@dataclass(eq=False, kw_only=True)
-class _Run:
-    """Pages taken out of their slots that wait for room in host memory."""
-
-    entries: list[PageEntry]
-    groups: list[jax.Array]
-    num_bytes: int
 
 
 class Saver:
@@ -36,6 +24,9 @@ class Saver:
 
     Args:
         outbound: takes the copies, and bounds them and the pages that wait for room.
+
+    Attributes:
+        departures: takes pages out of their slots and sends them.
     """
 
     def __init__(
@@ -47,26 +38,26 @@ class Saver:
         outbound: Outbound,
         counters: Counter[str],
     ) -> None:
+        self.departures = Departures(index, pool, host, evictor, outbound, counters)
         self._index = index
-        self._pool = pool
+        self._page_bytes = pool.layout.page_bytes
         self._host = host
         self._evictor = evictor
-        self.outbound = outbound
+        self._outbound = outbound
         self._counters = counters
         # By turn: the rows of a slab go together if they belong to one conversation.
         self._queue: dict[str, dict[bytes, PageEntry]] = {}
         self._begun: set[str] = set()  # of these turns, all that is queued is saved
-        self._waiting: deque[_Run] = deque()
         self._no_room_at: tuple[int, int] | None = None
 
     @property
     def under_way(self) -> list[Copy]:
-        return self.outbound.copies
+        return self._outbound.copies
 
     @property
     def buffered_bytes(self) -> int:
         """Of copies under way and pages that wait for room."""
-        return self.outbound.num_bytes
+        return self._outbound.num_bytes
 
     def ask(self, entries: Iterable[PageEntry], turn: str) -> int:
         """Puts pages of a turn in the queue of those to be saved; how many are new."""
@@ -81,11 +72,11 @@ class Saver:
     def poll(self) -> None:
         """Starts saving queued pages of turns that have some; never waits.
 
-        As many as do not get in the way of tokens: see `Outbound.is_busy`.
+        As many as do not get in the way of tokens: see `Outbound.carries_tokens`.
         """
-        self.outbound.settle()
-        self._admit_waiting()
-        if self.outbound.is_busy or self._no_room_at == self._room():
+        self._outbound.settle()
+        self.departures.send(may_delay=False)
+        if self.departures.is_full or self._no_room_at == self._room():
             return
         for turn, queue in list(self._queue.items()):
             if len(queue) >= SAVED_TOGETHER:
@@ -103,6 +94,7 @@ class Saver:
         if turn in self._queue:
             self._begun.add(turn)
         if at_once:
+            self.departures.send(may_delay=True)
             for begun in list(self._begun):
                 self._save_queued(begun, may_delay=True)
 
@@ -114,13 +106,20 @@ class Saver:
         """
         wanted = _unsaved(self._queue.pop(turn, {}).values())
         for run in split_runs(wanted):
-            fits = self.outbound.fits(len(run) * self._pool.layout.page_bytes)
-            fits = fits and (may_delay or not self.outbound.is_busy)
-            if not fits or not self._save(run, turn, may_wait=False):
+            fits = self._outbound.fits(len(run) * self._page_bytes)
+            fits = fits and (may_delay or not self.departures.is_full)
+            if not fits or not self._take_out(run, turn, may_delay):
                 self.ask(wanted, turn)
                 return False
         self._begun.discard(turn)
         return True
+
+    def _take_out(self, run: list[PageEntry], turn: str, may_delay: bool) -> bool:
+        if self.departures.take_out(run, turn, may_delay=may_delay):
+            return True
+        # Writes under way may make room at any time, so then it is tried again.
+        self._no_room_at = None if self._evictor.has_disk else self._room()
+        return False
 
     def save_now(self, entries: Sequence[PageEntry], turn: str = "") -> None:
         """Copies pages out of their slots, which are free for others then.
@@ -128,8 +127,8 @@ class Saver:
         Waits only for room in the buffer; saves nothing for which there is none at all.
         """
         for run in split_runs(_unsaved(entries)):
-            self._make_buffer_room(len(run) * self._pool.layout.page_bytes)
-            self._save(run, turn, may_wait=True)
+            self._make_buffer_room(len(run) * self._page_bytes)
+            self.departures.take_out(run, turn, may_delay=True, may_wait=True)
 
     def drain(self) -> None:
         """Saves all that is queued and waits until every copy has arrived."""
@@ -137,106 +136,9 @@ class Saver:
             self.save_now(list(self._queue.pop(turn).values()), turn)
         self._begun.clear()
         started_s = time.monotonic()
-        while self.under_way or self._waiting:
-            self._free_oldest()
+        while self.under_way or self.departures.are_waiting:
+            self.departures.free_oldest()
         self._counters["save_wait_us"] += int(1e6 * (time.monotonic() - started_s))
-
-    def reserve(self, num_rows: int) -> Slab | None:
-        """Room in the buffer and in host memory for a run; None if there is none now.
-
-        Its pages are copied with `Outbound.send` and become known with `place`.
-        """
-        num_bytes = num_rows * self._pool.layout.page_bytes
-        if not self.outbound.fits(num_bytes):
-            return None
-        if not self._evictor.make_host_room(num_bytes, may_wait=False):
-            return None
-        self.outbound.num_bytes += num_bytes
-        return self._host.reserve(num_rows, num_bytes)
-
-    def cancel(self, slab: Slab) -> None:
-        """Gives back a reserved slab that will not be complete."""
-        missing = self._pool.layout.num_groups - len(slab.groups)
-        run_bytes = self._pool.layout.group_bytes * slab.num_rows
-        self.outbound.num_bytes -= missing * run_bytes
-        for _ in range(slab.num_rows):
-            self._host.release_row(slab)
-
-    def place(self, entries: Sequence[PageEntry | None], slab: Slab) -> None:
-        """Makes the rows of a slab known as pages; those not wanted are given back."""
-        for row, entry in enumerate(entries):
-            if entry is not None:
-                entry.is_saving = False
-            is_known = entry is not None and self._index.find(entry.key) is entry
-            is_wanted = is_known and entry is not None and entry.slab is None
-            if entry is None or not is_wanted or slab.is_broken:
-                self._host.release_row(slab)
-                continue
-            entry.slab, entry.row = slab, row
-            self._index.place(entry, Tier.HOST)
-            self._index.placement.moved("save", entry.session, 1)
-
-    def _save(self, entries: list[PageEntry], turn: str, *, may_wait: bool) -> bool:
-        """Whether the pages were taken out of the pool."""
-        num_bytes = len(entries) * self._pool.layout.page_bytes
-        has_room = self._evictor.make_host_room(num_bytes, may_wait=False)
-        can_ever = num_bytes <= self._host.capacity_bytes
-        if not has_room and can_ever and not may_wait:
-            # Writes under way may make room at any time, so then it is tried again.
-            self._no_room_at = None if self._evictor.has_disk else self._room()
-            return False
-        if not has_room and not can_ever and not self._evictor.has_disk:
-            self._counters["pages_not_saved"] += len(entries)
-            return True
-        try:
-            slots = [e.slot for e in entries if e.slot is not None]
-            groups = self._pool.extract(slots, to_host=self.outbound.is_direct)
-        except Exception:  # out of memory, most likely: they are not saved
-            self._counters["save_failures"] += 1
-            return True
-        run = _Run(entries=entries, groups=groups, num_bytes=num_bytes)
-        self.outbound.num_bytes += num_bytes
-        if has_room:
-            self._admit(run, turn)
-        elif can_ever:
-            for entry in entries:
-                entry.is_saving = True
-            self._waiting.append(run)
-        else:
-            self._pass_through(run, turn)
-        return True
-
-    def _admit(self, run: _Run, turn: str) -> None:
-        slab = self._host.reserve(len(run.entries), run.num_bytes)
-        try:
-            self.outbound.send(slab, run.groups, turn)
-        except Exception:  # out of memory, most likely
-            self._counters["save_failures"] += 1
-            for _ in run.entries:
-                self._host.release_row(slab)
-            return self._drop(run)
-        self.place(run.entries, slab)
-
-    def _drop(self, run: _Run) -> None:
-        """Gives up pages that were taken out of their slots."""
-        self.outbound.num_bytes -= run.num_bytes
-        self._counters["pages_not_saved"] += len(run.entries)
-        for entry in run.entries:
-            entry.is_saving = False
-            if entry.is_lost:
-                self._index.remove(entry)
-
-    def _pass_through(self, run: _Run, turn: str) -> None:
-        """Host memory keeps no page at all: these pass through it to disk."""
-        slab = Slab(num_rows=0, num_bytes=0, rows_left=0)
-        try:
-            self.outbound.send(slab, run.groups, turn)
-        except Exception:  # out of memory, most likely
-            self._counters["save_failures"] += 1
-            return self._drop(run)
-        for row, entry in enumerate(run.entries):
-            if not self._evictor.write(entry, slab.groups, row):
-                self._counters["pages_not_saved"] += 1
 
     def _room(self) -> tuple[int, int]:
         """While this stays the same, nothing has left host memory, nor may it now.
@@ -245,30 +147,13 @@ class Saver:
         """
         return self._host.used_bytes, self._index.placement.room.running_host_bytes
 
-    def _admit_waiting(self) -> None:
-        while self._waiting and self._evictor.make_host_room(
-            self._waiting[0].num_bytes, may_wait=False
-        ):
-            self._admit(self._waiting.popleft(), "")
-
     def _make_buffer_room(self, num_bytes: int) -> None:
         started_s = time.monotonic()
-        self.outbound.settle()
-        self._admit_waiting()
-        while not self.outbound.fits(num_bytes):
-            self._free_oldest()
+        self._outbound.settle()
+        self.departures.send(may_delay=True)
+        while not self._outbound.fits(num_bytes):
+            self.departures.free_oldest()
         self._counters["save_wait_us"] += int(1e6 * (time.monotonic() - started_s))
-
-    def _free_oldest(self) -> None:
-        """Waits for the oldest copy; without one, for room for the oldest run."""
-        if self.outbound.copies:
-            self.outbound.settle_oldest()
-            return
-        run = self._waiting.popleft()
-        if self._evictor.make_host_room(run.num_bytes, may_wait=True):
-            self._admit(run, "")
-        else:
-            self._drop(run)
 
 
 def _unsaved(entries: Iterable[PageEntry]) -> list[PageEntry]:

@@ -244,6 +244,7 @@ class TieredStore:
         before = None
         while True:
             self.poll()
+            self.saver.departures.send(may_delay=True)
             self.prefetch()
             parts = (self.saver, self._evictor, self._fetcher)
             copies = [copy for part in parts for copy in part.under_way]

@@ -1,0 +1,200 @@
+"""Pages leave behind tokens where both go the same way, as they do from an accelerator.
+
+A CPU has no such way of its own, so the pool is told here that its memory is not the
+host's; everything else is real.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from cachedattn_jax.store.device_pool import DevicePool
+from cachedattn_jax.store.outbound import Outbound
+from cachedattn_jax.store.placement.tier import Tier
+from experiments.bench import to_tier
+from tests.engines import (
+    HeldLink,
+    ask,
+    assert_nothing_leaked,
+    assert_same_reply,
+    greedy_reply,
+    make_engine,
+    random_tokens,
+)
+from tests.test_overlap import request
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sent:
+    """A copy that was handed over.
+
+    Attributes:
+        num_tokens: of the reply, known then.
+        was_ready: whether its pages had been taken out, so that it started at once.
+        num_under_way: copies that were under way then.
+    """
+
+    group: int | None
+    num_tokens: int
+    was_ready: bool
+    num_under_way: int
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """Pools whose device memory is not that of the host."""
+    monkeypatch.setattr(DevicePool, "is_on_host", False)
+
+
+def watch(monkeypatch, turns: list) -> list[Sent]:
+    """Notes every copy of pages to the host, and the tokens known by then."""
+    sent, send = [], Outbound.send
+
+    def watched(self, slab, runs, turn, group=None):
+        sent.append(
+            Sent(
+                group=group,
+                num_tokens=sum(len(turn.reply) for turn in turns),
+                was_ready=all(run.is_ready() for run in runs),
+                num_under_way=len(self.copies),
+            )
+        )
+        send(self, slab, runs, turn, group)
+
+    monkeypatch.setattr(Outbound, "send", watched)
+    return sent
+
+
+def served(engine, turns: list, *requests):
+    turns += [engine.submit(request) for request in requests]
+    while not all(turn.is_finished for turn in turns):
+        engine.step()
+    return turns
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_runs_of_a_reply_go_one_at_a_time_each_behind_a_token(apart, monkeypatch, seed):
+    engine, turns = make_engine(page_tokens=4), []
+    sent = watch(monkeypatch, turns)
+    prompt = random_tokens(np.random.default_rng(seed), 30)
+    (turn,) = served(engine, turns, request("a", prompt, 60))
+    midway = [copy for copy in sent if copy.num_tokens < 60]
+    assert len(midway) >= 4
+    assert all(copy.was_ready and not copy.num_under_way for copy in midway)
+    # One a token at most: the next one has come before another is handed over.
+    known = [copy.num_tokens for copy in midway]
+    assert known[0] >= 1 and len(set(known)) == len(known)
+    engine.store.saver.drain()
+    to_tier(engine, Tier.HOST)
+    again = ask(engine, "a", [5])
+    assert again.tokens_from.host == len(prompt) + 59
+    assert_same_reply(again.reply, *greedy_reply(again.prompt, 4))
+    assert_nothing_leaked(engine)
+
+
+@pytest.mark.parametrize("layers_per_group", [1, 2, 4])
+def test_the_last_layer_group_goes_when_the_first_token_has_come(
+    apart, monkeypatch, layers_per_group
+):
+    engine = make_engine(page_tokens=4, layers_per_group=layers_per_group)
+    turns: list = []
+    sent = watch(monkeypatch, turns)
+    prompt = random_tokens(np.random.default_rng(0), 70)
+    served(engine, turns, request("a", prompt, 20))
+    last = engine.store.layout.num_groups - 1
+    of_prefill = [copy for copy in sent if copy.group is not None]
+    assert [copy.group for copy in of_prefill] == list(range(last + 1))
+    assert all(copy.num_tokens == 0 for copy in of_prefill[:-1])
+    assert of_prefill[-1].num_tokens >= 1 and of_prefill[-1].was_ready
+    engine.store.saver.drain()
+    saved = engine.store.counters["bytes_device_to_host"]
+    assert saved == -(-(70 + 19) // 4) * engine.store.layout.page_bytes
+    to_tier(engine, Tier.HOST)
+    again = ask(engine, "a", [5])
+    assert again.tokens_from.host == 70 + 19
+    assert_same_reply(again.reply, *greedy_reply(again.prompt, 4))
+    assert_nothing_leaked(engine)
+
+
+def test_a_run_waits_for_the_one_before_it(apart):
+    engine = make_engine(page_tokens=4)
+    engine.store.links.device_to_host = link = HeldLink()  # nothing arrives meanwhile
+    saver = engine.store.saver
+    turn = engine.submit(request("a", random_tokens(np.random.default_rng(0), 60), 20))
+    seen = set()
+    while not turn.is_finished:
+        engine.step()
+        if len(turn.reply) > 8 and not turn.is_finished:
+            seen.add((len(saver.under_way), saver.departures.are_waiting))
+    assert seen == {(1, True)}
+    link.let_go(100)
+    saver.drain()
+    assert_nothing_leaked(engine)
+
+
+@pytest.mark.parametrize("reply", [1, 2, 5])
+def test_what_waits_leaves_when_the_last_turn_ends(apart, reply):
+    engine = make_engine(page_tokens=4, layers_per_group=1)
+    engine.store.links.device_to_host = link = HeldLink()  # nothing arrives meanwhile
+    prompt = random_tokens(np.random.default_rng(0), 70)
+    served(engine, [], request("a", prompt, reply))
+    pages = -(-(70 + reply - 1) // 4)
+    in_host = list(engine.store.index.in_tier(Tier.HOST))
+    assert len(in_host) == pages and not any(entry.is_saving for entry in in_host)
+    link.let_go(100)
+    engine.store.saver.drain()
+    assert_nothing_leaked(engine)
+
+
+def test_pages_that_wait_are_saved_when_their_slots_are_needed(apart):
+    engine = make_engine(page_tokens=4, layers_per_group=1, device_pages=30)
+    rng = np.random.default_rng(0)
+    turns = [ask(engine, name, random_tokens(rng, 70), max_tokens=3) for name in "abcd"]
+    for name, before in zip("abcd", turns, strict=True):
+        turn = ask(engine, name, [5])
+        assert turn.tokens_from.recomputed == 0
+        assert len(turn.prompt) == len(before.prompt) + len(before.reply) + 1
+        assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 4))
+    assert_nothing_leaked(engine)
+
+
+def test_a_copy_of_the_last_group_that_cannot_be_handed_over_costs_no_turn(
+    apart, monkeypatch
+):
+    engine = make_engine(page_tokens=4, layers_per_group=1)
+    send, last = Outbound.send, engine.store.layout.num_groups - 1
+
+    def failing(self, slab, runs, turn, group=None):
+        if group == last:
+            raise MemoryError("no host memory")
+        send(self, slab, runs, turn, group)
+
+    monkeypatch.setattr(Outbound, "send", failing)
+    prompt = random_tokens(np.random.default_rng(0), 70)
+    turns = served(engine, [], request("a", prompt, 20))
+    assert_same_reply(turns[0].reply, *greedy_reply(prompt, 20))
+    monkeypatch.setattr(Outbound, "send", send)
+    engine.store.saver.drain()
+    assert engine.store.counters["save_failures"] == 1
+    assert engine.store.saver.buffered_bytes == 0
+    # Their slots still hold them.
+    again = ask(engine, "a", [5])
+    assert again.tokens_from.device == 70 + 19
+    assert_same_reply(again.reply, *greedy_reply(again.prompt, 4))
+    assert_nothing_leaked(engine)
+
+
+@pytest.mark.parametrize("cancelled_at", [0, 1, 7])
+def test_a_turn_that_is_cancelled_leaves_nothing_waiting(apart, cancelled_at):
+    engine = make_engine(page_tokens=4, layers_per_group=1)
+    turn = engine.submit(request("a", random_tokens(np.random.default_rng(1), 70), 20))
+    while len(turn.reply) < cancelled_at:
+        engine.step()
+    turn.cancel()
+    while not turn.is_finished:
+        engine.step()
+    engine.store.saver.drain()
+    assert not engine.store.saver.departures.are_waiting
+    assert engine.store.saver.buffered_bytes == 0
+    assert_nothing_leaked(engine)
