@@ -51,7 +51,7 @@ _ON_CPU = Sizes(page_tokens=16, layers_per_group=1, chunk_tokens=(16, 64, 256))
 _ON_ACCELERATORS = Sizes(
     page_tokens=64,
     layers_per_group=8,
-    chunk_tokens=(128, 512, 2048),
+    chunk_tokens=(32, 128, 512, 2048),
     call_tokens=400,
 )
 
