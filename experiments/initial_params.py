@@ -59,7 +59,7 @@ def _place_heads(model: LlamaConfig, params: LlamaParams) -> None:
     hidden state; the second compares them with the same numbers of its own byte. Only
     the slow frequencies take part in that: the fast ones would blur the match.
     """
-    size, half = model.head_dim, model.head_dim // 2
+    half = model.head_dim // 2
     frequencies = model.inverse_frequencies()
     slow = np.flatnonzero(np.tile(frequencies < 1 / model.window, 2))
     note = 1 + np.arange(len(slow))
@@ -68,19 +68,25 @@ def _place_heads(model: LlamaConfig, params: LlamaParams) -> None:
     before, after = (layer["attention"] for layer in params.layers[:2])
 
     fast = frequencies[: max(1, half // 4)]
-    for name, angles in (("q_proj", 0 * fast), ("k_proj", fast)):
-        kernel = before[name]["kernel"]
-        kernel[:, :size] = 0.0
+    query, key, seen = _head_0(model, before["qkv_proj"]["kernel"])
+    for kernel, angles in ((query, 0 * fast), (key, fast)):
+        kernel[:] = 0.0
         kernel[0, : len(fast)] = _SHARPNESS * np.cos(angles)
         kernel[0, half : half + len(fast)] = _SHARPNESS * np.sin(angles)
-    seen = before["v_proj"]["kernel"]
-    seen[: len(note) + 1, :size] = 0.0
+    seen[: len(note) + 1] = 0.0
     before["o_proj"]["kernel"][:, note] = 0.0
     params.layers[0]["mlp"]["down_proj"]["kernel"][:, note] = 0.0
-    before["o_proj"]["kernel"][:size] = 0.0
+    before["o_proj"]["kernel"][: model.head_dim] = 0.0
     before["o_proj"]["kernel"][slow, note] = 1.0
 
-    query, key = after["q_proj"]["kernel"], after["k_proj"]["kernel"]
-    query[:, :size], key[:, :size] = 0.0, 0.0
+    query, key, _ = _head_0(model, after["qkv_proj"]["kernel"])
+    query[:], key[:] = 0.0, 0.0
     query[:, slow] = _MATCH * seen[:, slow]
     key[note, slow] = _MATCH
+
+
+def _head_0(model: LlamaConfig, kernel: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Views of the columns of query head 0, its key and its value."""
+    ends = model.head_dim * (model.num_heads // model.num_kv_heads + np.arange(3))
+    query, (_, key, value, _) = kernel[:, : model.head_dim], np.split(kernel, ends, 1)
+    return query, key, value

@@ -69,9 +69,13 @@ def test_changed_weights_are_refused(saved, tmp_path):
         load_checkpoint(saved)
 
 
-def test_checkpoint_of_another_format_is_refused(saved):
-    edit_json(saved / "model.json", format_version=99)
-    with pytest.raises(ValueError, match="format 99; this version reads 1"):
+@pytest.mark.parametrize("version", [1, 99])
+def test_checkpoint_of_another_format_is_refused(saved, version):
+    edit_json(saved / "model.json", format_version=version)
+    message = (
+        f"saved has checkpoint format {version}; this version reads 2: write it anew"
+    )
+    with pytest.raises(ValueError, match=message):
         load_checkpoint(saved)
 
 
@@ -154,6 +158,11 @@ SHORT_LLAMA3 = {"rope_type": "llama3", "factor": 4.0}
         ({"rms_norm_eps": None}, "config.json has no 'rms_norm_eps'"),
         ({"num_hidden_layers": 3}, "has no tensor 'model.layers.2."),
         ({"intermediate_size": 64}, r"has shape \(48, 32\); .* implies \(64, 32\)"),
+        (
+            {"num_key_value_heads": 1},
+            r"k_proj.* shape \(16, 32\); .* implies \(8, 32\)",
+        ),
+        ({"head_dim": 4}, r"q_proj.* shape \(32, 32\); .* implies \(16, 32\)"),
     ],
 )
 def test_hugging_face_folders_that_do_not_fit_are_refused(folder, entries, message):

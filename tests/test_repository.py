@@ -49,6 +49,7 @@ PURE = [
     "cachedattn_jax.exit_codes",
     "cachedattn_jax.gantt",
     "cachedattn_jax.model.config",
+    "cachedattn_jax.model.hugging_face_config",
     "cachedattn_jax.run_directory",
     "cachedattn_jax.simulator",
     "cachedattn_jax.store.audit",

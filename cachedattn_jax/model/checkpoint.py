@@ -7,6 +7,7 @@ Knows files and names of tensors. Does not know how weights are used.
 """
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -18,45 +19,25 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jaxtyping import Array, Shaped
 
 from cachedattn_jax.model.config import LlamaConfig, RopeScaling
+from cachedattn_jax.model.hugging_face_config import read_config
+from cachedattn_jax.model.layers import join_qkv
 from cachedattn_jax.model.llama import LlamaParams, abstract_params, weights_digest
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2  # 1: queries, keys and values had kernels of their own
 _DESCRIPTION = "model.json"
 _WEIGHTS = "weights"
 
 # Module and parameter of a layer -> tensor of a Hugging Face layer.
 _LAYER_TENSORS = {
     ("input_norm", "scale"): "input_layernorm.weight",
-    ("attention", "q_proj", "kernel"): "self_attn.q_proj.weight",
-    ("attention", "k_proj", "kernel"): "self_attn.k_proj.weight",
-    ("attention", "v_proj", "kernel"): "self_attn.v_proj.weight",
     ("attention", "o_proj", "kernel"): "self_attn.o_proj.weight",
     ("post_attention_norm", "scale"): "post_attention_layernorm.weight",
     ("mlp", "gate_proj", "kernel"): "mlp.gate_proj.weight",
     ("mlp", "up_proj", "kernel"): "mlp.up_proj.weight",
     ("mlp", "down_proj", "kernel"): "mlp.down_proj.weight",
 }
-
-# Field of LlamaConfig -> required entry of a Hugging Face config.json.
-_REQUIRED_ENTRIES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "window": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-}
-
-# Entry of a Hugging Face config.json -> the values this model can compute.
-_SUPPORTED_VALUES = {
-    "model_type": ("llama", "mistral"),
-    "hidden_act": (None, "silu"),
-    "attention_bias": (None, False),
-    "mlp_bias": (None, False),
-    "partial_rotary_factor": (None, 1, 1.0),
-    "quantization_config": (None,),
-}
+# Tensors of a Hugging Face layer that are one kernel here.
+_QKV_TENSORS = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
 
 
 def save_checkpoint(
@@ -89,7 +70,7 @@ def load_checkpoint(directory: str | os.PathLike) -> tuple[LlamaConfig, LlamaPar
     if version != _FORMAT_VERSION:
         raise ValueError(
             f"{directory} has checkpoint format {version!r}; this version reads"
-            f" {_FORMAT_VERSION}"
+            f" {_FORMAT_VERSION}: write it anew"
         )
     fields = dict(description["config"])
     if fields["rope_scaling"] is not None:
@@ -118,7 +99,7 @@ def load_hugging_face(
     entries = _read_json(directory / "config.json", "a Hugging Face model")
     if not any(directory.glob("*.safetensors")):
         raise ValueError(f"{directory} holds no *.safetensors file")
-    config = _read_config(entries, dtype)
+    config = read_config(entries, dtype)
     with ocp.Context(checkpoint_layout=ocp.options.CheckpointLayout.SAFETENSORS):
         stored = ocp.metadata(str(directory)).metadata
         if biases := sorted(name for name in stored if name.endswith(".bias")):
@@ -142,12 +123,12 @@ def _read_params(
     names = [f"model.layers.{index}" for index in range(config.num_layers)]
     expected = dict(ends)
     for name, layer in zip(names, target.layers, strict=True):
-        expected.update(_layer_tensors(name, layer))
+        expected.update(_layer_tensors(config, name, layer))
     _check_tensors(directory, expected, stored)
     layers = []
     for name, layer in zip(names, target.layers, strict=True):
-        tensors = _load_tensors(directory, _layer_tensors(name, layer))
-        layers.append(_nest(name, tensors))
+        shapes = _layer_tensors(config, name, layer)
+        layers.append(_nest(config, name, _load_tensors(directory, shapes)))
     tensors = _load_tensors(directory, ends)
     head = tensors.get("lm_head.weight")
     return LlamaParams(
@@ -158,9 +139,17 @@ def _read_params(
     )
 
 
-def _layer_tensors(name: str, layer: dict) -> dict[str, jax.ShapeDtypeStruct]:
+def _layer_tensors(
+    config: LlamaConfig, name: str, layer: dict
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the tensors of one layer as Hugging Face stores them."""
-    tensors = {}
+    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    tensors = {
+        f"{name}.{tensor_name}": jax.ShapeDtypeStruct(
+            (count * config.head_dim, config.hidden_size), config.dtype
+        )
+        for tensor_name, count in zip(_QKV_TENSORS, heads, strict=True)
+    }
     for path, tensor_name in _LAYER_TENSORS.items():
         leaf: Any = layer
         for key in path:
@@ -172,9 +161,11 @@ def _layer_tensors(name: str, layer: dict) -> dict[str, jax.ShapeDtypeStruct]:
     return tensors
 
 
-def _nest(name: str, tensors: Mapping[str, Array]) -> dict:
+def _nest(config: LlamaConfig, name: str, tensors: Mapping[str, Array]) -> dict:
     """One entry of `LlamaParams.layers` out of the tensors of that layer."""
-    layer: dict = {}
+    qkv = (tensors[f"{name}.{tensor_name}"] for tensor_name in _QKV_TENSORS)
+    kernel = _join_transposed(*qkv, config.num_kv_heads)
+    layer: dict = {"attention": {"qkv_proj": {"kernel": kernel}}}
     for path, tensor_name in _LAYER_TENSORS.items():
         tensor = tensors[f"{name}.{tensor_name}"]
         parent = layer
@@ -205,69 +196,6 @@ def _load_tensors(
     return ocp.load(str(directory), jax.tree.map(_on_default_device, dict(targets)))
 
 
-def _read_config(entries: Mapping, dtype: str | None) -> LlamaConfig:
-    for name, supported in _SUPPORTED_VALUES.items():
-        if entries.get(name) not in supported:
-            raise ValueError(
-                f"config.json has {name}={entries.get(name)!r}; supported:"
-                f" {', '.join(map(repr, supported))}"
-            )
-    for name in _REQUIRED_ENTRIES.values():
-        if entries.get(name) is None:
-            raise ValueError(f"config.json has no {name!r}")
-    fields = {field: entries[name] for field, name in _REQUIRED_ENTRIES.items()}
-    num_heads = fields["num_heads"]
-    # Within its sliding window a Mistral attends to everything, as a Llama does.
-    sliding_window = None
-    if entries["model_type"] == "mistral":
-        sliding_window = entries.get("sliding_window", 4096)
-    fields["window"] = min(fields["window"], sliding_window or fields["window"])
-    rope_theta, rope_scaling = _read_rope(entries)
-    return LlamaConfig(
-        **fields,
-        num_kv_heads=entries.get("num_key_value_heads") or num_heads,
-        head_dim=entries.get("head_dim") or fields["hidden_size"] // num_heads,
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        tie_embeddings=bool(entries.get("tie_word_embeddings", False)),
-        dtype=dtype or _stored_dtype(entries),
-    )
-
-
-def _read_rope(entries: Mapping) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling, from `rope_parameters` (transformers 5) or `rope_scaling`."""
-    rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
-    theta = rope.get("rope_theta") or entries.get("rope_theta") or 10000.0
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(
-            f"partial_rotary_factor={rope['partial_rotary_factor']} must be 1"
-        )
-    if kind == "default":
-        return float(theta), None
-    names = {"factor": "factor"}
-    if kind == "llama3":
-        names["low_freq_factor"] = "low_freq_factor"
-        names["high_freq_factor"] = "high_freq_factor"
-        names["original_window"] = "original_max_position_embeddings"
-    for name in names.values():
-        if name not in rope:
-            raise ValueError(f"rope scaling {kind!r} in config.json has no {name!r}")
-    return float(theta), RopeScaling(
-        kind=kind, **{field: rope[name] for field, name in names.items()}
-    )
-
-
-def _stored_dtype(entries: Mapping) -> str:
-    name = entries.get("dtype") or entries.get("torch_dtype")
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(
-            f"config.json has dtype={name!r}, which is not computed in; choose"
-            " dtype='float32' or dtype='bfloat16'"
-        )
-    return name
-
-
 def _read_json(path: Path, what: str) -> dict:
     if not path.is_file():
         raise ValueError(f"{path.parent} does not hold {what}: no {path.name}")
@@ -291,3 +219,13 @@ def _transpose(
     weight: Shaped[Array, "outputs inputs"],
 ) -> Shaped[Array, "inputs outputs"]:
     return weight.T
+
+
+@functools.partial(jax.jit, static_argnames="num_kv_heads")
+def _join_transposed(
+    query: Shaped[Array, "queries hidden"],
+    key: Shaped[Array, "keys hidden"],
+    value: Shaped[Array, "values hidden"],
+    num_kv_heads: int,
+) -> Shaped[Array, "hidden outputs"]:
+    return join_qkv(query.T, key.T, value.T, num_kv_heads)

@@ -17,11 +17,9 @@ AXIS = "model"
 POOL_SPEC = PartitionSpec(None, None, AXIS)
 _HEADS_SPEC = PartitionSpec(None, None, AXIS)  # [batch, tokens, heads, head_dim]
 _COLUMNS, _ROWS = PartitionSpec(None, AXIS), PartitionSpec(AXIS, None)
-# A kernel is [inputs, outputs].
+# A kernel is [inputs, outputs]; the outputs of qkv_proj go by kv head.
 _KERNEL_SPECS = {
-    "q_proj": _COLUMNS,
-    "k_proj": _COLUMNS,
-    "v_proj": _COLUMNS,
+    "qkv_proj": _COLUMNS,
     "o_proj": _ROWS,
     "gate_proj": _COLUMNS,
     "up_proj": _COLUMNS,
