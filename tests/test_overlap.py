@@ -78,9 +78,9 @@ def recorded(engine) -> list[tuple[str, int]]:
         log.append(("put", next(num_puts)))
         return put(runs)
 
-    def logged_install(group, runs):
+    def logged_install(group, *args):
         log.append(("install", group))
-        return install(group, runs)
+        return install(group, *args)
 
     def logged_compute(group, step):
         log.append(("compute", group))
