@@ -115,10 +115,10 @@ def test_slots_go_to_another_device_once_with_the_first_group(platform, num_sent
     loads, _ = random_loads(pool, sizes, link, watcher)
     sent, installed, put, install = [], [], pool.put, pool.install
 
-    def logged_put(arrays):
-        sent.append(sum(array.dtype == np.int32 for array in arrays))
-        assert len(arrays) == len(sizes) + sent[-1]
-        return put(arrays)
+    def logged_put(runs):
+        sent.append(sum(array.dtype == np.int32 for array in runs))
+        assert len(runs) == len(sizes) + sent[-1]
+        return put(runs)
 
     def logged_install(group, runs, bundles):
         installed.append([bundle.slots for bundle in bundles])

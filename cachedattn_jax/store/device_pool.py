@@ -63,8 +63,8 @@ class Bundle:
 
     Attributes:
         runs: their places among the runs that are put together.
-        slots: int32, where their pages go: [run] of one, [TOGETHER, run] of several, the
-            rows that are left past the pool.
+        slots: int32, where their pages go: [run] of one, [TOGETHER, run] of several.
+            Rows that are left go past the pool.
     """
 
     runs: tuple[int, ...]
