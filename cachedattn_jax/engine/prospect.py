@@ -111,17 +111,16 @@ def _num_resident(found: list[PageEntry]) -> int:
 def copied(found: list[PageEntry]) -> list[int]:
     """Pages that travel for each page, and not already for one before it."""
     runs: set[int] = set()
-    copied, last = [], None
+    copied = []
     for entry in found:
         slab = entry.slab
         if entry.slot is not None:
             copied.append(0)
         elif slab is None:
             copied.append(1)
-        elif slab is last or id(slab) in runs:
+        elif id(slab) in runs:
             copied.append(0)
         else:
             copied.append(slab.num_rows)
             runs.add(id(slab))
-            last = slab
     return copied
