@@ -30,7 +30,7 @@ def submit(
     return engine.submit(
         Request(
             session_id=session_id,
-            token_ids=tuple(prompt),
+            token_ids=prompt,
             max_tokens=max_tokens,
             is_whole_prompt=True,
         )

@@ -2,10 +2,11 @@
 
 import os
 
+import numpy as np
 import pytest
 
 from cachedattn_jax.engine.engine_config import EngineConfig
-from cachedattn_jax.engine.request import SamplingParams
+from cachedattn_jax.engine.request import Request, SamplingParams
 from cachedattn_jax.engine.truncation import TruncationConfig
 from cachedattn_jax.store.budget import StoreConfig
 from cachedattn_jax.store.byte_count import parse_bytes
@@ -41,6 +42,32 @@ def test_a_turn_that_cannot_be_served_is_refused_and_changes_nothing(
     assert "\n" not in str(caught.value)
     assert engine.session("a").token_ids == before
     assert_nothing_leaked(engine)
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "sentence"),
+    [
+        ([2**32 + 5], "token id 4294967301 is outside every vocabulary"),
+        (np.array([7, -(2**31) - 1]), "token id -2147483649 is outside every"),
+        ([2**70], "does not fit 64 bits"),
+        (np.zeros((2, 3), np.int32), "token_ids has 2 axes"),
+    ],
+)
+def test_token_ids_that_32_bits_would_change_are_refused(token_ids, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Request(session_id="a", token_ids=token_ids)
+
+
+@pytest.mark.parametrize("kind", [list, np.int64, np.int32])
+def test_a_request_keeps_the_tokens_it_was_made_with(kind):
+    said = kind([0, 1, 2, 3, 4])
+    request = Request(session_id="a", token_ids=said)
+    said[0] = 9
+    assert isinstance(request.token_ids, np.ndarray)
+    assert request.token_ids.dtype == np.int32
+    assert request.token_ids.tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="read-only"):
+        request.token_ids[0] = 9
 
 
 def test_a_queued_turn_whose_history_grew_too_long_fails_alone():

@@ -78,9 +78,9 @@ def recorded(engine) -> list[tuple[str, int]]:
         log.append(("put", next(num_puts)))
         return put(runs)
 
-    def logged_install(group, runs):
+    def logged_install(group, *args):
         log.append(("install", group))
-        return install(group, runs)
+        return install(group, *args)
 
     def logged_compute(group, step):
         log.append(("compute", group))
@@ -216,7 +216,10 @@ def test_ready_turns_pass_one_whose_pages_are_on_their_way_but_not_too_often(
     assert_nothing_leaked(engine)
 
 
-def test_a_page_found_bad_in_its_last_layer_is_computed_again(tmp_path, parted_reads):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_page_found_bad_in_its_last_layer_is_computed_again(
+    tmp_path, parted_reads, platform
+):
     """The first groups have been computed by then; the turn starts over without it."""
     options = {"layers_per_group": 1, "disk_pages": 500, "disk_root": str(tmp_path)}
     engine = make_engine(**options)
@@ -229,12 +232,14 @@ def test_a_page_found_bad_in_its_last_layer_is_computed_again(tmp_path, parted_r
         path.write_bytes(data)
     engine = make_engine(**options)
     engine.store.links.emulate(None, EmulatedLink(bytes_per_s=1e6))
+    engine.store.pool.platform = platform  # slots are sent, and anew with a new lease
     turn = ask(engine, "a", [5])
     assert engine.store.counters["miss_checksum"] >= 1
     assert turn.tokens_from.recomputed > 0
     assert turn.prompt.tolist() == [*first.prompt, *first.reply, 5]
     assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 4))
     engine.store.links.emulate(None, None)
+    engine.store.pool.platform = "cpu"
     assert_nothing_leaked(engine)
     engine.close()
 

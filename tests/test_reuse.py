@@ -114,8 +114,8 @@ def test_a_run_whose_tokens_differ_fails(tmp_path, monkeypatch):
 
     install = DevicePool.install
 
-    def wrong(self, group, runs):
-        return install(self, group, [(pages * 1.5, slots) for pages, slots in runs])
+    def wrong(self, group, runs, bundles):
+        return install(self, group, [pages * 1.5 for pages in runs], bundles)
 
     monkeypatch.setattr(DevicePool, "install", wrong)
     with pytest.raises(InvariantBroken, match="differs between the modes"):

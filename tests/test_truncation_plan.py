@@ -59,6 +59,9 @@ def test_a_context_is_what_a_list_would_be(data):
     context, left = context_after(truncations), brute_force(len(tokens), truncations)
     assert context.position(len(tokens)) == len(left)
     assert context.tokens(0, len(left)).tolist() == left
+    start = data.draw(st.integers(0, len(left)))
+    some = context.of(tokens, start, len(left))
+    assert some.tolist() == [int(tokens[place]) for place in left[start:]]
     assert [context.token(place) for place in range(len(left))] == left
     assert [context.position(token) for token in left] == list(range(len(left)))
 

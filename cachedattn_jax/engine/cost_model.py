@@ -175,10 +175,8 @@ class CostModel:
             raise ValueError(f"no page lies in {sorted(unknown)}")
         tiers = np.asarray([_TIERS[source] for source in sources], np.int64)
         travels = np.asarray(tiers > 0 if copied is None else copied, np.int64)
-        host, disk = (
-            np.cumsum(np.r_[0, np.where(tiers == tier, travels, 0)]) for tier in (1, 2)
-        )
-        loaded = np.cumsum(np.r_[0, tiers > 0])
+        host, disk = (_sums(np.where(tiers == tier, travels, 0)) for tier in (1, 2))
+        loaded = _sums(tiers > 0)
         if self._constants is None or (disk[-1] and self._constants.disk_read is None):
             finish = None
         else:
@@ -260,6 +258,13 @@ class CostModel:
         if self._prefill_cost is None:
             raise ValueError("nothing was measured")
         return self._prefill_factor * self._prefill_cost.seconds(num_tokens, starts)
+
+
+def _sums(counts: np.ndarray) -> np.ndarray:
+    """Of the first 0, 1, ... of them."""
+    sums = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=sums[1:])
+    return sums
 
 
 def _step(ratio: float) -> float:

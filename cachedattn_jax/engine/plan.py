@@ -3,7 +3,7 @@
 Pure: knows tokens, truncations and page keys, no arrays on a device and no tier.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -75,7 +75,7 @@ class TurnPlan:
     def stored_tokens(self) -> np.ndarray:
         """int32, the tokens of the pages of `stored`."""
         num_tokens = len(self.stored.pages) * self.stored.layout.page_tokens
-        return self.prompt[self.stored.context.tokens(0, num_tokens)]
+        return self.stored.context.of(self.prompt, 0, num_tokens)
 
     @property
     def truncates_meanwhile(self) -> bool:
@@ -104,9 +104,9 @@ class TurnPlan:
         tail = stored.tail(self.prompt)
         return replace(self, stored=stored, tail=tail, at_tail=stored)
 
-    def needs_no_more(self, keys: Sequence[PageKey]) -> bool:
+    def needs_no_more(self, keys: list[PageKey]) -> bool:
         """Whether these pages are all that the plan starts from."""
-        return self.tail is None and self.stored.keys == list(keys)
+        return self.tail is None and self.stored.keys == keys
 
     def pieces(self, cached_tokens: int) -> Iterator[Piece]:
         """What is to be computed when the start of the context has keys and values."""
@@ -122,7 +122,7 @@ class TurnPlan:
     def _piece(
         self, context: Context, start: int, stop: int, truncation: Truncation | None
     ) -> Piece:
-        token_ids = self.prompt[context.tokens(start, stop)]
+        token_ids = context.of(self.prompt, start, stop)
         return Piece(token_ids=token_ids, start=start, truncation=truncation)
 
     def tokens_from(self, lease: Lease) -> TokensFrom:
@@ -167,7 +167,7 @@ def plan_turn(
 ) -> TurnPlan:
     """Lays out a turn; ValueError if its prompt is refused."""
     check_window(config, window, request, record)
-    new = np.asarray(request.token_ids, np.int32)
+    new = np.asarray(request.token_ids, np.int32)  # no copy: it is so already
     known = np.zeros(0, np.int32) if record is None else record.token_ids
     prompt = new if request.is_whole_prompt else np.concatenate([known, new])
     num_cached = 0 if record is None else record.cached_length
@@ -285,5 +285,6 @@ def _beginning(
 
 def _common_length(first: np.ndarray, second: np.ndarray) -> int:
     length = min(len(first), len(second))
-    differs = np.nonzero(first[:length] != second[:length])[0]
-    return int(differs[0]) if len(differs) else length
+    if np.array_equal(first[:length], second[:length]):
+        return length
+    return int(np.argmax(first[:length] != second[:length]))

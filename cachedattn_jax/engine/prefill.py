@@ -45,9 +45,14 @@ def _begin(config, params, numbers, size):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _first_token(config, params, last_tokens, x, last, seat, sampling, position):
-    """Samples from the hidden state of the last token; [1, new_tokens, hidden] in."""
-    logits = unembed(config, params, jax.lax.dynamic_index_in_dim(x[0], last))
+def _first_token(config, params, last_tokens, x, numbers, sampling):
+    """Samples from the hidden state of the last token; [1, new_tokens, hidden] in.
+
+    Args:
+        numbers: int32, place of that token in x, seat, and position of the next one.
+    """
+    last, seat, position = jnp.split(numbers, 3)
+    logits = unembed(config, params, jax.lax.dynamic_index_in_dim(x[0], last[0]))
     sampled = sample(logits, sampling, position)
     return last_tokens.at[seat].set(sampled.token_ids, mode="drop"), sampled
 
@@ -224,10 +229,8 @@ class Prefill:
             self._ends,
             last_tokens,
             chunk.x,
-            np.int32(chunk.num_tokens - 1),
-            np.asarray([seat], np.int32),
+            np.asarray([chunk.num_tokens - 1, seat, position], np.int32),
             sampling,
-            np.asarray([position], np.int32),
         )
         sampled.send()
         return last_tokens, sampled

@@ -96,7 +96,7 @@ class Prospects:
             return Decision.forced(self._config.loading, forced[self._config.loading])
         is_tail = plan.tail is not None and len(found) > plan.tail.index
         return self._cost_model.decide(
-            list(filter(None, (entry.nearest for entry in found))),
+            list(filter(None, [entry.nearest for entry in found])),
             plan.context_tokens,
             tail_tokens=len(plan.tail.token_ids) if is_tail and plan.tail else 0,
             copied=copied(found),
@@ -113,9 +113,14 @@ def copied(found: list[PageEntry]) -> list[int]:
     runs: set[int] = set()
     copied = []
     for entry in found:
-        pages = int(entry.slot is None)
-        if entry.slot is None and entry.slab is not None:
-            pages = 0 if id(entry.slab) in runs else entry.slab.num_rows
-            runs.add(id(entry.slab))
-        copied.append(pages)
+        slab = entry.slab
+        if entry.slot is not None:
+            copied.append(0)
+        elif slab is None:
+            copied.append(1)
+        elif id(slab) in runs:
+            copied.append(0)
+        else:
+            copied.append(slab.num_rows)
+            runs.add(id(slab))
     return copied

@@ -1,7 +1,9 @@
-"""What a user asks for: one turn of a session. Knows no arrays and no engine."""
+"""What a user asks for: one turn of a session. Knows tokens and no engine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +34,14 @@ class SamplingParams:
             raise ValueError(f"seed={self.seed} must be at least 0 and below 2**32")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
     """One turn: new tokens in, a reply out.
 
     Attributes:
         session_id: the conversation it belongs to.
-        token_ids: the tokens the user adds; the engine remembers the ones before.
+        token_ids: the tokens the user adds, kept as int32; the engine remembers the
+            ones before.
         max_tokens: the reply ends after so many tokens at the latest.
         stop_token_ids: the reply ends with the first of these, which it includes.
         tenant: conversations of different tenants share nothing.
@@ -47,7 +50,7 @@ class Request:
     """
 
     session_id: str
-    token_ids: Sequence[int]
+    token_ids: Sequence[int] | np.ndarray
     max_tokens: int = 128
     stop_token_ids: Sequence[int] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -55,17 +58,36 @@ class Request:
     is_whole_prompt: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "token_ids", tuple(map(int, self.token_ids)))
+        # Here and not when the turn is laid out: 8K numbers of Python take 0.2 ms.
+        object.__setattr__(self, "token_ids", _int32(self.token_ids))
         object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))
-        if not self.token_ids:
+        if not len(self.token_ids):
             raise ValueError("the prompt is empty; a turn needs at least 1 token")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ValueError if a token id is not in the vocabulary."""
-        for token in (min(self.token_ids), max(self.token_ids)):
+        for token in (np.min(self.token_ids), np.max(self.token_ids)):
             if not 0 <= token < vocab_size:
                 raise ValueError(
                     f"token id {token} is outside the vocabulary of {vocab_size} tokens"
                 )
+
+
+def _int32(token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """An array that nobody else changes; ValueError if a number is too large."""
+    if not isinstance(token_ids, np.ndarray):
+        token_ids = tuple(token_ids)
+    try:
+        wide = np.asarray(token_ids, np.int64)
+    except OverflowError:
+        raise ValueError("a token id does not fit 64 bits") from None
+    if wide.ndim != 1:
+        raise ValueError(f"token_ids has {wide.ndim} axes; a prompt has 1")
+    tokens = wide.astype(np.int32)
+    if not np.array_equal(tokens, wide):
+        outside = wide[tokens != wide][0]
+        raise ValueError(f"token id {outside} is outside every vocabulary")
+    tokens.setflags(write=False)
+    return tokens

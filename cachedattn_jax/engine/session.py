@@ -6,6 +6,8 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cachedattn_jax.engine.request import Request, SamplingParams
 from cachedattn_jax.engine.turn import Turn
 
@@ -29,7 +31,7 @@ class Session:
 
     def submit(
         self,
-        token_ids: Sequence[int],
+        token_ids: Sequence[int] | np.ndarray,
         *,
         max_tokens: int = 128,
         stop_token_ids: Sequence[int] = (),
@@ -44,7 +46,7 @@ class Session:
         request = Request(
             session_id=self.session_id,
             tenant=self.tenant,
-            token_ids=tuple(token_ids),
+            token_ids=token_ids,
             max_tokens=max_tokens,
             stop_token_ids=tuple(stop_token_ids),
             sampling=sampling or SamplingParams(),
@@ -54,7 +56,7 @@ class Session:
 
     def send(
         self,
-        token_ids: Sequence[int],
+        token_ids: Sequence[int] | np.ndarray,
         *,
         max_tokens: int = 128,
         stop_token_ids: Sequence[int] = (),

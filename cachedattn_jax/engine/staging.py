@@ -258,7 +258,7 @@ class Staging:
             return int(self._config.read_buffer)
         lease = job.lease
         held = list(filter(None, lease.entries))
-        from_disk = sum(e.slot is None and e.slab is None for e in held)
+        from_disk = [e.slot is None and e.slab is None for e in held].count(True)
         groups = self._cost_model.read_ahead(
             sum(copied(held)) - from_disk,
             from_disk,

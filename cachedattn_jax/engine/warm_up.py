@@ -83,7 +83,8 @@ def _copy(pool: DevicePool, size: int) -> None:
         for group in range(len(pool.arrays)):
             pool.extract_group(group, slots, to_host=to_host)
     on_host = pool.put_on_host(pool.extract(slots))
-    for group, pages in enumerate(on_host):
-        (arrived,) = pool.put([pages])
-        pool.install(group, [(arrived, nowhere)])
-        pool.install(group, [(arrived, nowhere)] * TOGETHER)
+    for num_runs in (1, TOGETHER):
+        bundles = pool.bundle([nowhere] * num_runs)
+        for group, pages in enumerate(on_host):
+            runs, there = pool.put_with_slots([pages] * num_runs, bundles)
+            pool.install(group, runs, there)

@@ -81,7 +81,7 @@ class Chain:
         """The partly filled page at the end."""
         if not self.num_tail_tokens:
             return None
-        tokens = token_ids[self.context.tokens(self._num_full, self.position)]
+        tokens = self.context.of(token_ids, self._num_full, self.position)
         key = page_key(self.layout.digest, self.salt, self.parent, self.event, tokens)
         return Tail(index=len(self.pages), key=key, token_ids=tokens)
 
@@ -137,6 +137,8 @@ class Chain:
         return len(self.pages) * self.layout.page_tokens
 
     def _extended(self, token_ids: np.ndarray, position: int) -> "Chain":
+        if position <= self.position:
+            return self
         layout, pages = self.layout, list(self.pages)
         parent, event, begun = self.parent, self.event, self.begun
         for start in range(
@@ -151,7 +153,7 @@ class Chain:
         return replace(
             self,
             pages=tuple(pages),
-            position=max(position, self.position),
+            position=position,
             parent=parent,
             event=event,
             begun=begun,

@@ -74,9 +74,11 @@ class Finder:
     def _usable(self, key: PageKey) -> PageEntry | None:
         """A page that is somewhere, and not only where nothing can be read now."""
         entry = self._index.find(key)
-        if entry is None or entry.nearest is None:
+        if entry is None or entry.slot is not None or entry.slab is not None:
+            return entry
+        if not entry.on_disk:
             return None
-        if entry.is_on_disk_only:
+        if entry.arrival is None:
             assert self._disk is not None
             if not self._disk.can_be_read:
                 self._counters["pages_passed_breaker_open"] += 1

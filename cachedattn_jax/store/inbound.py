@@ -81,6 +81,7 @@ class Inbound:
         self._link = link
         self._watcher = watcher
         self._arrays: dict[int, list[jax.Array]] = {}
+        self._bundles = pool.bundle([load.slots for load in self.loads])
         self._wanted = 0
         self._num_good = 0
 
@@ -152,8 +153,7 @@ class Inbound:
     def install(self, group: int) -> list[jax.Array]:
         """Writes a layer group that was put into its slots; see `DevicePool.install`"""
         runs = self._arrays.pop(group, [])
-        slots = [load.slots for load in self.loads]
-        return self._pool.install(group, list(zip(runs, slots, strict=bool(runs))))
+        return self._pool.install(group, runs, self._bundles if runs else [])
 
     def bad(self) -> dict[str, list[PageEntry]]:
         """Pages that were found bad until now, by reason.
@@ -180,8 +180,12 @@ class Inbound:
 
     def _put(self, group: int) -> None:
         is_free = self._pool.is_idle and all(run.has_come(group) for run in self.loads)
+        runs = [load.group(group) for load in self.loads]
         try:
-            arrays = self._pool.put([load.group(group) for load in self.loads])
+            if group == 0:
+                arrays, self._bundles = self._pool.put_with_slots(runs, self._bundles)
+            else:
+                arrays = self._pool.put(runs)
         except Exception as error:  # out of memory, most likely: computing may do
             self.failure = error
             return

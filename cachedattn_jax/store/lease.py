@@ -3,13 +3,16 @@
 Knows slots and runs. Does not know why a page is where it is.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from cachedattn_jax.store.inbound import Inbound
+from cachedattn_jax.store.page import Tail
 from cachedattn_jax.store.page_index import PageEntry
-from cachedattn_jax.store.placement.tier import Tier
+from cachedattn_jax.store.placement.tier import TIERS, Tier
 
 
 @dataclass(eq=False, kw_only=True)
@@ -35,3 +38,20 @@ class Lease:
     tokens_from: dict[Tier, int]
     inbound: Inbound
     dropped: list[PageEntry] = field(default_factory=list)
+
+
+def tokens_by_tier(
+    found: Sequence[PageEntry], tail: Tail | None, page_tokens: int
+) -> dict[Tier, int]:
+    """Tokens of stored pages by the fastest tier that each lies in.
+
+    Args:
+        tail: the last of the pages, or one that is not among them.
+    """
+    num_pages = Counter([entry.nearest for entry in found])
+    tokens = {tier: page_tokens * num_pages[tier] for tier in TIERS}
+    if tail is not None and found and found[-1].key == tail.key:
+        tier = found[-1].nearest
+        assert tier is not None
+        tokens[tier] += len(tail.token_ids) - page_tokens
+    return tokens

@@ -15,7 +15,7 @@ from cachedattn_jax.store.disk_tier import DiskTier
 from cachedattn_jax.store.evictor import Evictor
 from cachedattn_jax.store.exits import Exits
 from cachedattn_jax.store.inbound import Inbound, Load
-from cachedattn_jax.store.lease import Lease
+from cachedattn_jax.store.lease import Lease, tokens_by_tier
 from cachedattn_jax.store.link import Copy, Links
 from cachedattn_jax.store.page import PageKey, Tail
 from cachedattn_jax.store.page_index import (
@@ -73,24 +73,17 @@ class Leases:
         """
         for entry in found:
             entry.holds += 1
-        num_new = num_pages - sum(entry.slot is not None for entry in found)
+        there = [entry.slot for entry in found]
+        num_new = num_pages - len(there) + there.count(None)
         if not self._free_slots(num_new):
             for entry in found:
                 entry.holds -= 1
             return None
         new_slots = iter(self._pool.take(num_new))
         entries = [*found, *[None] * (num_pages - len(found))]
-        slots = [
-            next(new_slots) if entry is None or entry.slot is None else entry.slot
-            for entry in entries
-        ]
-        tokens_from = dict.fromkeys(Tier, 0)
-        for entry in found:
-            tokens = self._pool.layout.page_tokens
-            if tail is not None and entry.key == tail.key:
-                tokens = len(tail.token_ids)
-            if (tier := entry.nearest) is not None:
-                tokens_from[tier] += tokens
+        slots = [next(new_slots) if slot is None else slot for slot in there]
+        slots += new_slots
+        tokens_from = tokens_by_tier(found, tail, self._pool.layout.page_tokens)
         lease = Lease(
             session=session,
             slots=np.asarray(slots, np.int32),
@@ -243,9 +236,12 @@ class Leases:
 
     def _loads(self, found: Sequence[PageEntry], slots: list[int]) -> list[Load]:
         loads: dict[int, Load] = {}
-        from_disk = []
+        from_disk, load = [], None
         for slot, entry in zip(slots, found, strict=False):
             if entry.slot is not None:
+                continue
+            if load is not None and load.source is entry.slab:
+                load.slots[entry.row] = slot  # of the same run as the page before
                 continue
             source, entries, row = entry.slab, [], entry.row
             if source is None and entry.arrival is not None:

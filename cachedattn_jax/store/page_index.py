@@ -17,6 +17,9 @@ from cachedattn_jax.store.page import PageKey
 from cachedattn_jax.store.placement.placement import Placement
 from cachedattn_jax.store.placement.tier import TIERS, Tier
 
+# To look a member up in its enum takes longer than all that `nearest` does.
+_DEVICE, _HOST, _DISK = TIERS
+
 
 def unclaimed(tenant: str) -> str:
     """Owner of a tenant's pages found on disk until a session uses them: first to go.
@@ -86,10 +89,10 @@ class PageEntry:
         """The fastest tier it is in; None if it is nowhere yet."""
         # Asked for every page of a history, so no loop over tiers: that took 3 us.
         if self.slot is not None:
-            return Tier.DEVICE
+            return _DEVICE
         if self.slab is not None:
-            return Tier.HOST
-        return Tier.DISK if self.on_disk else None
+            return _HOST
+        return _DISK if self.on_disk else None
 
     @property
     def is_saved(self) -> bool:

@@ -105,6 +105,15 @@ class Context:
             tokens[tokens >= gap_start] += gap_stop - gap_start
         return tokens
 
+    def of(self, token_ids: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """The tokens of a conversation at the positions start..stop-1.
+
+        A view where nothing was dropped.
+        """
+        if not self.gaps:
+            return token_ids[start:stop]
+        return token_ids[self.tokens(start, stop)]
+
     def without(self, dropped: tuple[Span, ...]) -> "Context":
         """The context after positions were dropped from it."""
         spans = [(self.token(a), self.token(b - 1) + 1) for a, b in dropped if b > a]
