@@ -112,7 +112,7 @@ def test_joined_columns_go_by_kv_head(group, num_kv_heads):
     rng, size, hidden = np.random.default_rng(group), 4, 6
     counts = (num_kv_heads * group, num_kv_heads, num_kv_heads)
     kernels = [rng.standard_normal((hidden, n * size), np.float32) for n in counts]
-    joined = np.asarray(join_qkv(*map(jnp.asarray, kernels), num_kv_heads))
+    joined = np.asarray(join_qkv(*map(jnp.asarray, kernels), num_kv_heads=num_kv_heads))
     columns = list(range(joined.shape[1]))
     queries, keys, values = [], [], []
     for _ in range(num_kv_heads):
@@ -130,7 +130,7 @@ def test_attention_is_given_the_heads_of_the_separate_kernels(case):
     counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     shapes = [(config.hidden_size, n * config.head_dim) for n in counts]
     kernels = [rng.integers(-3, 4, shape).astype(config.dtype) for shape in shapes]
-    joined = join_qkv(*map(jnp.asarray, kernels), config.num_kv_heads)
+    joined = join_qkv(*map(jnp.asarray, kernels), num_kv_heads=config.num_kv_heads)
     layer = params.layers[0]
     attention = layer["attention"] | {"qkv_proj": {"kernel": joined}}
     given = []
