@@ -71,7 +71,7 @@ class Loop:
         self._start_next()
         self._prefill_groups()
         self._decode_batch()
-        self._collect(leave=1)
+        self._collect(leave=2 if self._store.saver.delays_tokens else 1)
 
     def stop(self) -> None:
         """Ends every turn as cancelled."""
@@ -166,7 +166,7 @@ class Loop:
     def _collect(self, *, leave: int) -> None:
         """Reads tokens of dispatched programs, except of the last `leave` of them.
 
-        One step stays in flight, so the device computes while the host looks at tokens.
+        They stay in flight, so the device computes while the host looks at tokens.
         """
         if not self._running.needs_tokens:
             leave = 0

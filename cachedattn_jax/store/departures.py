@@ -37,7 +37,7 @@ class _Run:
 
     @property
     def is_taken_out(self) -> bool:
-        """Whether the copy would start at once."""
+        """Whether all programs before its copy have ended."""
         groups: list[Any] = self.groups  # jax's stubs do not know `is_ready`
         return all(group.is_ready() for group in groups)
 
@@ -71,24 +71,12 @@ class Departures:
         """Whether runs were taken out that have not left."""
         return bool(self._waiting)
 
-    @property
-    def is_full(self) -> bool:
-        """Whether one more run would delay tokens, or wait behind another."""
-        outbound = self.outbound
-        return self.are_waiting if outbound.carries_tokens else outbound.is_busy
-
     def take_out(
-        self,
-        entries: list[PageEntry],
-        turn: str,
-        *,
-        may_delay: bool,
-        may_wait: bool = False,
+        self, entries: list[PageEntry], turn: str, *, may_wait: bool = False
     ) -> bool:
         """Takes pages out of their slots; False if there is no room for them now.
 
         Args:
-            may_delay: whether their copy starts now, whatever waits behind it.
             may_wait: whether they may wait for their room outside their slots.
         """
         num_bytes = len(entries) * self._pool.layout.page_bytes
@@ -107,8 +95,7 @@ class Departures:
             return True
         run = _Run(entries=entries, groups=groups, num_bytes=num_bytes, turn=turn)
         self.outbound.num_bytes += num_bytes
-        goes_next = self.outbound.carries_tokens and not may_delay
-        if has_room and not goes_next:
+        if has_room:
             self._send(run)
         elif can_ever:
             self._wait(run)
@@ -144,8 +131,11 @@ class Departures:
         last: jax.Array,
         turn: str,
     ) -> None:
-        """Takes the last layer group of a reserved slab, which goes when it delays no
-        token; then its pages can be found there.
+        """Takes the last layer group of a reserved slab; when it goes, its pages can be
+        found there.
+
+        Where tokens go the same way it waits for the first one, which would come after
+        it: 3.5 ms late behind 160 MiB on an H200.
         """
         run = _Run(
             entries=entries, groups=[last], num_bytes=last.nbytes, turn=turn, slab=slab
@@ -156,7 +146,11 @@ class Departures:
             self._send(run)
 
     def send(self, *, may_delay: bool) -> None:
-        """Sends what was taken out, the oldest first, as far as there is room."""
+        """Sends what was taken out, the oldest first, as far as there is room.
+
+        Args:
+            may_delay: whether tokens may wait behind it.
+        """
         while self._waiting and (may_delay or self._may_go(self._waiting[0])):
             if not self._has_room(self._waiting[0], may_wait=False):
                 return
@@ -174,7 +168,7 @@ class Departures:
             self._drop(run)
 
     def _may_go(self, run: _Run) -> bool:
-        """Whether no token would wait behind it."""
+        """Whether the program of the token before it has ended."""
         if not self.outbound.carries_tokens:
             return True
         return not self.outbound.is_busy and run.is_taken_out

@@ -76,12 +76,8 @@ class Outbound:
 
     @property
     def carries_tokens(self) -> bool:
-        """Whether the copies of tokens go the same way, and may wait behind pages.
-
-        A copy of pages that is handed over behind a step in flight starts when that
-        step ends, just when its token is due, and the token comes after it: on an H200
-        3.5 ms late behind 160 MiB. So pages are taken out of their slots first, and
-        their copy is handed over when the token has come: it ends before the next one.
+        """Whether the copies of tokens go the same way: not on a CPU, whose memory is
+        the host's, nor over an emulated link, which carries nothing else.
         """
         return not (self._pool.is_on_host or self._is_emulated)
 
@@ -89,8 +85,10 @@ class Outbound:
     def is_busy(self) -> bool:
         """Whether one more copy would delay the tokens of the steps to come.
 
-        With 12 copies of 2 ms each, on an H100, one token came 11 ms late, as much as a
-        decode step. An emulated link carries nothing else; two keep it busy.
+        A copy waits for the programs dispatched before it, the step in flight included.
+        So it starts just when the token of that step is due, which comes after it: on
+        an H100 11 ms late, as much as a decode step, behind 12 copies of 2 ms. An
+        emulated link carries no tokens; two copies keep it busy.
         """
         return len(self._flights) >= (2 if self._is_emulated else 1)
 

@@ -59,6 +59,14 @@ class Saver:
         """Of copies under way and pages that wait for room."""
         return self._outbound.num_bytes
 
+    @property
+    def delays_tokens(self) -> bool:
+        """Whether tokens wait behind pages that are under way.
+
+        With one step in flight the device would wait for a host that waits for them.
+        """
+        return self._outbound.carries_tokens and bool(self.under_way)
+
     def ask(self, entries: Iterable[PageEntry], turn: str) -> int:
         """Puts pages of a turn in the queue of those to be saved; how many are new."""
         queue = self._queue.setdefault(turn, {})
@@ -72,11 +80,11 @@ class Saver:
     def poll(self) -> None:
         """Starts saving queued pages of turns that have some; never waits.
 
-        As many as do not get in the way of tokens: see `Outbound.carries_tokens`.
+        As many as do not get in the way of tokens: see `Outbound.is_busy`.
         """
         self._outbound.settle()
         self.departures.send(may_delay=False)
-        if self.departures.is_full or self._no_room_at == self._room():
+        if self._outbound.is_busy or self._no_room_at == self._room():
             return
         for turn, queue in list(self._queue.items()):
             if len(queue) >= SAVED_TOGETHER:
@@ -107,15 +115,15 @@ class Saver:
         wanted = _unsaved(self._queue.pop(turn, {}).values())
         for run in split_runs(wanted):
             fits = self._outbound.fits(len(run) * self._page_bytes)
-            fits = fits and (may_delay or not self.departures.is_full)
-            if not fits or not self._take_out(run, turn, may_delay):
+            fits = fits and (may_delay or not self._outbound.is_busy)
+            if not fits or not self._take_out(run, turn):
                 self.ask(wanted, turn)
                 return False
         self._begun.discard(turn)
         return True
 
-    def _take_out(self, run: list[PageEntry], turn: str, may_delay: bool) -> bool:
-        if self.departures.take_out(run, turn, may_delay=may_delay):
+    def _take_out(self, run: list[PageEntry], turn: str) -> bool:
+        if self.departures.take_out(run, turn):
             return True
         # Writes under way may make room at any time, so then it is tried again.
         self._no_room_at = None if self._evictor.has_disk else self._room()
@@ -128,7 +136,7 @@ class Saver:
         """
         for run in split_runs(_unsaved(entries)):
             self._make_buffer_room(len(run) * self._page_bytes)
-            self.departures.take_out(run, turn, may_delay=True, may_wait=True)
+            self.departures.take_out(run, turn, may_wait=True)
 
     def drain(self) -> None:
         """Saves all that is queued and waits until every copy has arrived."""
