@@ -43,10 +43,11 @@ class Sizes:
 # What "auto" means. Llama-3-8B, 128 new tokens on 6K in host memory: on one H200 39 ms
 # with 1 layer a group, 16.5 with 4, 16.0 with 8; on one H100, whose host was slower,
 # 22.0 with 4 and 14.9 with 8, and 27.7 and 22.6 without another turn before it. Pages
-# of 64 tokens are the least that all Hopper kernels take; decode then reads 93 % of
-# what a copy moves on one H100. A call of a prefill program reads all weights: there
-# 9.4 ms for 128 tokens of Llama-3-8B, 15.4 for 512, 43.7 for 2,048; 14.8 and 41.5 for
-# 128 and 1,024 of Llama-2-13B. TPUs take the same and were never timed.
+# of 64 tokens are the least that all Hopper kernels take; decode then reads 91 % of
+# what a copy moves on one H200. A call of a prefill program reads all weights: there
+# 6.9 ms for 32 tokens of Llama-3-8B and 8.3 for 128; 15.4 for 512 and 43.7 for 2,048 on
+# an H100. 72 % of the later turns of ShareGPT bring at most 32 tokens. TPUs take the
+# same and were never timed.
 _ON_CPU = Sizes(page_tokens=16, layers_per_group=1, chunk_tokens=(16, 64, 256))
 _ON_ACCELERATORS = Sizes(
     page_tokens=64,
