@@ -109,8 +109,11 @@ def test_install_updates_the_pool_in_place(engine):
         assert temporaries(lowered) < one_pool(engine) / 4
 
 
-def test_nothing_compiles_after_the_warm_up(tmp_path):
-    engine = make_engine(max_batch=4, disk_pages=500, disk_root=str(tmp_path))
+@pytest.mark.parametrize("loading", ["auto", "always"])
+def test_nothing_compiles_after_the_warm_up(tmp_path, loading):
+    engine = make_engine(
+        max_batch=4, disk_pages=500, disk_root=str(tmp_path), loading=loading
+    )
     engine.warm_up()
     traced = []
 
@@ -134,5 +137,6 @@ def test_nothing_compiles_after_the_warm_up(tmp_path):
         ask(engine, "a", random_tokens(rng, 3), max_tokens=4, sampling=sampling)
     finally:
         jax.monitoring.clear_event_listeners()
-    assert engine.store.counters["pages_read"] > 0
+    # What is decided by the clock may be to compute everything.
+    assert loading == "auto" or engine.store.counters["pages_read"] > 0
     assert not traced
