@@ -9,6 +9,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from cachedattn_jax.store.catalog import session_key
 from cachedattn_jax.store.departures import _Run
 from cachedattn_jax.store.device_pool import DevicePool
 from cachedattn_jax.store.outbound import Outbound
@@ -21,7 +22,9 @@ from tests.engines import (
     assert_same_reply,
     greedy_reply,
     make_engine,
+    page_bytes,
     random_tokens,
+    tiny_model,
 )
 from tests.test_overlap import request
 
@@ -214,4 +217,167 @@ def test_a_turn_that_is_cancelled_leaves_nothing_waiting(apart, cancelled_at):
     engine.store.saver.drain()
     assert not engine.store.saver.departures.are_waiting
     assert engine.store.saver.buffered_bytes == 0
+    assert_nothing_leaked(engine)
+
+
+def waiting_pages(monkeypatch):
+    """An engine with a turn that decodes, and the run of "a", whose turn has ended.
+
+    The run waits as if the program before it had not ended; all else is saved.
+    """
+    engine = make_engine(page_tokens=4, layers_per_group=1)
+    monkeypatch.setattr(_Run, "is_taken_out", False)
+    prompt = random_tokens(np.random.default_rng(0), 70)
+    turn = engine.submit(request("a", prompt, 3))
+    other = engine.submit(request("b", [1, 2, 3], 60))
+    while not turn.is_finished or len(other.reply) < 30:
+        engine.step()
+    (run,) = engine.store.saver.departures._waiting
+    return engine, run
+
+
+def test_pages_that_wait_when_their_slots_are_needed_are_found_by_the_next_turn(
+    apart, monkeypatch
+):
+    engine, _ = waiting_pages(monkeypatch)
+    engine.store.empty(Tier.DEVICE)
+    turn = engine.submit(request("a", [5]))
+    engine.run_until_idle()
+    assert turn.tokens_from.recomputed == 0
+    assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 4))
+    engine.store.saver.drain()
+    assert_nothing_leaked(engine)
+
+
+def without_slots(engine) -> None:
+    """Takes pages that wait from their slots and lets them wait."""
+    engine.store._evictor.empty(Tier.DEVICE)
+
+
+def test_pages_that_wait_outside_their_slots_are_forgotten_with_their_session(
+    apart, monkeypatch
+):
+    engine, run = waiting_pages(monkeypatch)
+    keys = [entry.key for entry in filter(None, run.entries)]
+    without_slots(engine)
+    engine.forget("default", "a").result()
+    engine.run_until_idle()
+    engine.store.saver.drain()
+    session = session_key("default", "a")
+    for tier in Tier:
+        assert not list(engine.store.index.last_pages_first(session, tier))
+    assert not any(map(engine.store.index.find, keys))
+    assert_nothing_leaked(engine)
+
+
+def test_pages_whose_first_groups_did_not_arrive_are_known_no_more(apart, monkeypatch):
+    engine, run = waiting_pages(monkeypatch)
+    keys = [entry.key for entry in filter(None, run.entries)]
+    assert len(keys) == 16 and run.slab is not None
+    run.slab.is_broken = True
+    without_slots(engine)
+    engine.run_until_idle()
+    engine.store.saver.drain()
+    assert not any(map(engine.store.index.find, keys))
+    assert_nothing_leaked(engine)
+
+
+def held_prefill(**options):
+    """An engine in whose buffer a prefill of "a" has reserved room for 16 pages.
+
+    It waits for pages from host memory while "b" decodes and 64 tokens of "x" are only
+    on the device; also the turn of "a", and the link.
+    """
+    rng = np.random.default_rng(0)
+    size = page_bytes(tiny_model()[0], 4)
+    engine = make_engine(
+        page_tokens=4,
+        layers_per_group=1,
+        loading="always",
+        read_buffer=1,
+        write_policy="write_through_selective",
+        write_buffer_bytes=16 * size,
+        max_batch=3,
+        **options,
+    )
+    ask(engine, "a", random_tokens(rng, 5), 4)
+    to_tier(engine, Tier.HOST)
+    ask(engine, "x", random_tokens(rng, 61), 4)
+    other = engine.submit(request("b", [1, 2, 3], 60))
+    while not other.reply:
+        engine.step()
+    link = engine.store.links.host_to_device = HeldLink()
+    link.let_go(1)
+    turn = engine.submit(request("a", random_tokens(rng, 70), 3))
+    while engine._loop._running.prefilling is None:
+        engine.step()
+        assert not other.is_finished
+    assert engine.store.saver.buffered_bytes == 16 * size
+    return engine, turn, link
+
+
+def test_a_save_does_not_wait_for_the_room_that_a_prefill_has_reserved(apart):
+    engine, turn, link = held_prefill()
+    engine.store.empty(Tier.DEVICE)
+    link.let_go(100)
+    engine.run_until_idle()
+    assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 3))
+    again = ask(engine, "x", [5])
+    assert again.tokens_from.host == 64
+    assert_same_reply(again.reply, *greedy_reply(again.prompt, 4))
+    engine.store.saver.drain()
+    assert engine.store.saver.buffered_bytes == 0
+    assert_nothing_leaked(engine)
+
+
+def test_what_has_its_room_does_not_wait_behind_what_waits_for_room(apart):
+    engine, turn, link = held_prefill(host_pages=20)
+    engine.store.empty(Tier.DEVICE)
+    assert engine.store.saver.departures.are_waiting  # 16 rows of 20 are reserved
+    link.let_go(100)
+    engine.run_until_idle()
+    assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 3))
+    assert not engine.store.saver.departures.are_waiting
+    again = ask(engine, "x", [5])
+    assert again.tokens_from.host == 64
+    assert_same_reply(again.reply, *greedy_reply(again.prompt, 4))
+    engine.store.saver.drain()
+    assert engine.store.saver.buffered_bytes == 0
+    assert_nothing_leaked(engine)
+
+
+def test_a_copy_that_fails_while_its_pages_are_leased_ends_no_turn(apart, monkeypatch):
+    rng = np.random.default_rng(0)
+    engine = make_engine(
+        page_tokens=4,
+        layers_per_group=1,
+        device_pages=40,
+        write_policy="write_back",
+        loading="always",
+    )
+    store = engine.store
+    link = store.links.device_to_host = HeldLink()
+    ask(engine, "a", random_tokens(rng, 60))
+    store.empty(Tier.DEVICE)
+    for name in "cd":
+        ask(engine, name, random_tokens(rng, 60), 1)
+    assert len(link.held) >= 1 and store.pool.num_free < 24
+    save_now = store.saver.save_now
+
+    def failing(victims, turn=""):
+        for held in link.held:
+            if not held.done():
+                held.set_exception(MemoryError("no host memory"))
+        store.saver._outbound.settle()
+        save_now(victims, turn)
+
+    monkeypatch.setattr(store.saver, "save_now", failing)
+    turn = engine.submit(request("a", [5]))
+    engine.run_until_idle()
+    assert store.counters["save_failures"] > 0
+    assert turn.error is None
+    assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 4))
+    monkeypatch.undo()
+    link.let_go(1000)
+    store.saver.drain()
     assert_nothing_leaked(engine)

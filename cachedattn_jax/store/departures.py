@@ -146,7 +146,7 @@ class Departures:
             self._send(run)
 
     def send(self, *, may_delay: bool) -> None:
-        """Sends what was taken out, the oldest first, as far as there is room.
+        """Sends what was taken out, as far as there is room: first what has its room.
 
         Args:
             may_delay: whether tokens may wait behind it.
@@ -156,16 +156,30 @@ class Departures:
                 return
             self._send(self._waiting.popleft())
 
-    def free_oldest(self) -> None:
-        """Waits for the oldest copy; without one, for room for the oldest run."""
+    def free_oldest(self) -> bool:
+        """Waits for the oldest copy; without one, for room for the oldest run.
+
+        Returns:
+            False if there is neither: all that is charged is of prefills.
+        """
         if self.outbound.copies:
             self.outbound.settle_oldest()
-            return
+            return True
+        if not self._waiting:
+            return False
         run = self._waiting.popleft()
         if self._has_room(run, may_wait=True):
             self._send(run)
         else:
             self._drop(run)
+        return True
+
+    def forget(self, session: str) -> None:
+        """No page of a session that waits outside its slot is wanted any more."""
+        for run in self._waiting:
+            for entry in filter(None, run.entries):
+                if entry.session == session and entry.nearest is None:
+                    self._index.remove(entry)
 
     def _may_go(self, run: _Run) -> bool:
         """Whether the program of the token before it has ended."""
@@ -181,7 +195,12 @@ class Departures:
     def _wait(self, run: _Run) -> None:
         for entry in filter(None, run.entries):
             entry.is_saving = True
-        self._waiting.append(run)
+        if run.slab is None:
+            self._waiting.append(run)
+            return
+        # Not behind those that wait for room, which its pages may have to make.
+        num_before = sum(other.slab is not None for other in self._waiting)
+        self._waiting.insert(num_before, run)
 
     def _send(self, run: _Run) -> None:
         """Starts the copy of a run to the room that is there for it."""
@@ -228,6 +247,8 @@ class Departures:
             is_wanted = is_known and entry is not None and entry.slab is None
             if entry is None or not is_wanted or slab.is_broken:
                 self._host.release_row(slab)
+                if entry is not None and entry.is_lost:
+                    self._index.remove(entry)
                 continue
             entry.slab, entry.row = slab, row
             self._index.place(entry, Tier.HOST)

@@ -139,7 +139,9 @@ class Outbound:
             self._counters["save_failures"] += 1
             flight.slab.is_broken = True
             for entry in list(self._index.in_tier(Tier.HOST)):
-                if entry.slab is flight.slab:
+                # A turn that is to load it has leased the slab: its own copy fails.
+                is_awaited = entry.holds and entry.slot is None
+                if entry.slab is flight.slab and not is_awaited:
                     self._exits.leave_host(entry)
             return
         start_s, end_s = flight.copy.span

@@ -134,6 +134,9 @@ class Saver:
 
         Waits only for room in the buffer; saves nothing for which there is none at all.
         """
+        if any(entry.is_saving for entry in entries):
+            # Where they are taken out they cannot be found.
+            self.departures.send(may_delay=True)
         for run in split_runs(_unsaved(entries)):
             self._make_buffer_room(len(run) * self._page_bytes)
             self.departures.take_out(run, turn, may_wait=True)
@@ -144,8 +147,8 @@ class Saver:
             self.save_now(list(self._queue.pop(turn).values()), turn)
         self._begun.clear()
         started_s = time.monotonic()
-        while self.under_way or self.departures.are_waiting:
-            self.departures.free_oldest()
+        while self.departures.free_oldest():
+            pass
         self._counters["save_wait_us"] += int(1e6 * (time.monotonic() - started_s))
 
     def _room(self) -> tuple[int, int]:
@@ -159,8 +162,9 @@ class Saver:
         started_s = time.monotonic()
         self._outbound.settle()
         self.departures.send(may_delay=True)
-        while not self._outbound.fits(num_bytes):
-            self.departures.free_oldest()
+        # What prefills have reserved is not waited for: they may wait for this.
+        while not self._outbound.fits(num_bytes) and self.departures.free_oldest():
+            pass
         self._counters["save_wait_us"] += int(1e6 * (time.monotonic() - started_s))
 
 

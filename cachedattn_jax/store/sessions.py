@@ -132,4 +132,5 @@ class Sessions:
     def _forget_pages(self, session: str) -> None:
         self._finder.tails.pop(session, None)
         self._evictor.drop(session, "forgotten")
+        self._saver.departures.forget(session)
         self._placement.forgot(session)
