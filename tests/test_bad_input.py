@@ -49,11 +49,16 @@ def test_a_turn_that_cannot_be_served_is_refused_and_changes_nothing(
     [
         ([2**32 + 5], "token id 4294967301 is outside every vocabulary"),
         (np.array([7, -(2**31) - 1]), "token id -2147483649 is outside every"),
-        ([2**70], "does not fit 64 bits"),
+        ([2**70], "whole numbers of 64 bits, not larger ones"),
         (np.zeros((2, 3), np.int32), "token_ids has 2 axes"),
+        ([1.5, 2.0], "whole numbers of 64 bits, not float64"),
+        (np.array([np.nan]), "whole numbers of 64 bits, not float64"),
+        ([[1, 2], [3]], "one row of whole numbers"),
+        ("12", "whole numbers of 64 bits, not <U1"),
+        ([], "the prompt is empty"),
     ],
 )
-def test_token_ids_that_32_bits_would_change_are_refused(token_ids, sentence):
+def test_token_ids_that_int32_would_change_are_refused(token_ids, sentence):
     with pytest.raises(ValueError, match=sentence):
         Request(session_id="a", token_ids=token_ids)
 

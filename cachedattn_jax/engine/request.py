@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import no_type_check
 
 import numpy as np
 
@@ -34,6 +35,7 @@ class SamplingParams:
             raise ValueError(f"seed={self.seed} must be at least 0 and below 2**32")
 
 
+@no_type_check  # callers' mistakes are told in words of ours
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
     """One turn: new tokens in, a reply out.
@@ -75,19 +77,23 @@ class Request:
                 )
 
 
+@no_type_check
 def _int32(token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-    """An array that nobody else changes; ValueError if a number is too large."""
+    """An array that nobody else changes; ValueError if it is no row of token ids."""
     if not isinstance(token_ids, np.ndarray):
         token_ids = tuple(token_ids)
     try:
-        wide = np.asarray(token_ids, np.int64)
-    except OverflowError:
-        raise ValueError("a token id does not fit 64 bits") from None
-    if wide.ndim != 1:
-        raise ValueError(f"token_ids has {wide.ndim} axes; a prompt has 1")
-    tokens = wide.astype(np.int32)
-    if not np.array_equal(tokens, wide):
-        outside = wide[tokens != wide][0]
+        given = np.asarray(token_ids)
+    except ValueError:  # rows of different lengths
+        raise ValueError("token_ids must be one row of whole numbers") from None
+    if given.ndim != 1:
+        raise ValueError(f"token_ids has {given.ndim} axes; a prompt has 1")
+    if given.size and given.dtype.kind not in "iu":
+        what = "larger ones" if given.dtype.kind == "O" else given.dtype
+        raise ValueError(f"token ids must be whole numbers of 64 bits, not {what}")
+    tokens = given.astype(np.int32)
+    if not np.array_equal(tokens, given):
+        outside = given[tokens != given][0]
         raise ValueError(f"token id {outside} is outside every vocabulary")
     tokens.setflags(write=False)
     return tokens

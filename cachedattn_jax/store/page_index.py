@@ -64,7 +64,8 @@ class PageEntry:
         on_disk: whether a complete object exists.
         arrival: the read that brings it from disk to host memory, if one does.
         is_writing: whether an object is being written.
-        is_saving: whether it has left its slot and waits for room in host memory.
+        is_saving: whether it was taken out of its slot, which it may still have, and
+            waits to be copied to host memory.
         write_again_s, read_again_s: when to try again after writing or reading it
             failed, seconds of the monotonic clock.
         holds: running turns that use it; a held page stays where it is.
