@@ -215,7 +215,7 @@ def test_a_turn_that_is_cancelled_leaves_nothing_waiting(apart, cancelled_at):
     while not turn.is_finished:
         engine.step()
     engine.store.saver.drain()
-    assert not engine.store.saver.departures.are_waiting
+    assert not engine.store.saver.departures._waiting
     assert engine.store.saver.buffered_bytes == 0
     assert_nothing_leaked(engine)
 
@@ -333,11 +333,11 @@ def test_a_save_does_not_wait_for_the_room_that_a_prefill_has_reserved(apart):
 def test_what_has_its_room_does_not_wait_behind_what_waits_for_room(apart):
     engine, turn, link = held_prefill(host_pages=20)
     engine.store.empty(Tier.DEVICE)
-    assert engine.store.saver.departures.are_waiting  # 16 rows of 20 are reserved
+    assert engine.store.saver.departures._waiting  # 16 rows of 20 are reserved
     link.let_go(100)
     engine.run_until_idle()
     assert_same_reply(turn.reply, *greedy_reply(turn.prompt, 3))
-    assert not engine.store.saver.departures.are_waiting
+    assert not engine.store.saver.departures._waiting
     again = ask(engine, "x", [5])
     assert again.tokens_from.host == 64
     assert_same_reply(again.reply, *greedy_reply(again.prompt, 4))

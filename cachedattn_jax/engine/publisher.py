@@ -4,6 +4,9 @@ Knows when a page is full and what a turn has published. Does not know where the
 room for it. Paper, section 3.2.2.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from cachedattn_jax.engine.engine_config import EngineConfig
 from cachedattn_jax.engine.job import Job
 from cachedattn_jax.store.budget import SAVED_TOGETHER
@@ -37,15 +40,15 @@ class Publisher:
         The last leaves with `publish`, behind the first token: in front of it, 3 ms of
         pages delayed the token by as much on an H100.
         """
-        if group + 1 < self._store.layout.num_groups:
-            self._save_group(job, group)
+        if job.save is not None and group + 1 < self._store.layout.num_groups:
+            with self._abandoned_if_it_fails(job):
+                job.save.save(group)
 
-    def _save_group(self, job: Job, group: int) -> None:
-        if job.save is None:
-            return
+    @contextmanager
+    def _abandoned_if_it_fails(self, job: Job) -> Iterator[None]:
         try:
-            job.save.save(group)
-        except Exception:  # the turn does not need it
+            yield
+        except Exception:  # the turn does not need what is saved meanwhile
             self._store.counters["save_failures"] += 1
             job.abandon_save()
 
@@ -56,11 +59,12 @@ class Publisher:
         store = self._store
         job.follow()
         store.leases.publish(job.lease, job.unpublished())
-        self._save_group(job, store.layout.num_groups - 1)
         if job.save is not None:
-            job.turn.bytes_device_to_host += job.save.num_bytes
-            job.save.finish(job.lease.entries)
-            job.save = None
+            num_bytes = job.save.num_bytes
+            with self._abandoned_if_it_fails(job):
+                job.save.finish(job.lease.entries)
+                job.save = None
+                job.turn.bytes_device_to_host += num_bytes
         num_pages = store.save_soon(job.lease, job.turn.turn_index, job.name)
         job.turn.bytes_device_to_host += num_pages * store.layout.page_bytes
 

@@ -66,11 +66,6 @@ class Departures:
         self._counters = counters
         self._waiting: deque[_Run] = deque()
 
-    @property
-    def are_waiting(self) -> bool:
-        """Whether runs were taken out that have not left."""
-        return bool(self._waiting)
-
     def take_out(
         self, entries: list[PageEntry], turn: str, *, may_wait: bool = False
     ) -> bool:
@@ -234,8 +229,8 @@ class Departures:
         except Exception:  # out of memory, most likely
             self._counters["save_failures"] += 1
             return self._drop(run)
-        for row, entry in enumerate(filter(None, run.entries)):
-            if not self._evictor.write(entry, slab.groups, row):
+        for row, entry in enumerate(run.entries):
+            if entry and not self._evictor.write(entry, slab.groups, row):
                 self._counters["pages_not_saved"] += 1
 
     def _place(self, entries: Sequence[PageEntry | None], slab: Slab) -> None:

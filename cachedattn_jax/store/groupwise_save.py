@@ -3,7 +3,7 @@
 Knows runs and groups. Does not know where there is room for them. Paper, section 3.2.2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -37,7 +37,6 @@ class GroupwiseSave:
         self._pool = pool
         self._turn = turn
         self._runs: list[tuple[range, list[int], Slab]] = []
-        self._last: list[jax.Array] = []
         size = max(RUN_PAGES)
         for start in range(0, len(pages) - size + 1, size):
             slab = departures.reserve(size)
@@ -51,23 +50,17 @@ class GroupwiseSave:
         return sum(slab.num_bytes for _, _, slab in self._runs)
 
     def save(self, group: int) -> None:
-        """Takes out a layer group whose last program was dispatched, and copies it.
-
-        The last one waits for `finish`.
-        """
-        outbound = self._departures.outbound
-        for _, slots, slab in self._runs:
-            run = self._pool.extract_group(group, slots, to_host=outbound.is_direct)
-            if group + 1 < self._pool.layout.num_groups:
-                outbound.send(slab, [run], self._turn, group)
-            else:
-                self._last.append(run)
+        """Copies out a layer group, not the last, whose last program was dispatched."""
+        for (_, _, slab), run in zip(self._runs, self._taken_out(group), strict=True):
+            self._departures.outbound.send(slab, [run], self._turn, group)
 
     def finish(self, entries: Sequence[PageEntry | None]) -> None:
         """The prefill is dispatched: the last layer group may go, and with it the pages
         can be found in host memory, too.
         """
-        for (pages, _, slab), last in zip(self._runs, self._last, strict=True):
+        # All of it before the first is complete, and can be abandoned no more.
+        taken_out = list(self._taken_out(self._pool.layout.num_groups - 1))
+        for (pages, _, slab), last in zip(self._runs, taken_out, strict=True):
             of_run = [entries[page] for page in pages]
             self._departures.complete(of_run, slab, last, self._turn)
         self._runs = []
@@ -77,3 +70,8 @@ class GroupwiseSave:
         for _, _, slab in self._runs:
             self._departures.cancel(slab)
         self._runs = []
+
+    def _taken_out(self, group: int) -> Iterator[jax.Array]:
+        to_host = self._departures.outbound.is_direct
+        for _, slots, _ in self._runs:
+            yield self._pool.extract_group(group, slots, to_host=to_host)
